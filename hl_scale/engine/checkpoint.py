@@ -1,0 +1,194 @@
+"""Checkpoints of what is trained: safetensors shards and a JSON manifest, committed by rename, resharded on load.
+
+    checkpoints/step-000100/
+        rank-0000-of-0002.safetensors   flat float32 partitions: "<parameter>|master", "|exp_avg", "|exp_avg_sq"
+        rank-0001-of-0002.safetensors
+        manifest.json                   step, world size, shapes, sha256 of each shard, fingerprints
+
+Every rank writes its own partition into a temporary directory, forces it to disk and sends its hash; rank 0 writes the
+manifest and renames the directory. A directory without a manifest is not a checkpoint. The frozen base is never saved:
+the manifest holds its fingerprint. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hl_scale.engine import zero3
+from hl_scale.engine.zero3 import World
+
+_NAME = re.compile(r"step-(\d{6,})$")
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; says which file is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint directory and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+
+def save(directory: Path, engine: Any, step: int, world: World, keep: int, details: dict[str, Any]) -> Path:
+    """Write one checkpoint; collective.
+
+    Args:
+        directory: the run's `checkpoints` directory, shared by all ranks.
+        engine: ZeRO-3 engine.
+        step: optimizer steps done.
+        world: this process.
+        keep: newest checkpoints kept afterwards.
+        details: JSON values added to the manifest (fingerprints, seed).
+    """
+    final = directory / f"step-{step:06d}"
+    staging = directory / f".step-{step:06d}.tmp"
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    shard = staging / f"rank-{world.rank:04d}-of-{world.size:04d}.safetensors"
+    partitions = zero3.local_partitions(engine)
+    save_file({f"{name}|{kind}": t for name, kinds in partitions.items() for kind, t in kinds.items()}, shard)
+    _flush(shard)
+    entry = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    entries: list[Any] = [None] * world.size
+    dist.all_gather_object(entries, entry)
+    if world.is_main:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": world.size,
+            "shapes": zero3.full_shapes(engine.module),
+            "shards": entries,
+            **details,
+        }
+        _write_json(staging / "manifest.json", manifest)
+        _flush(staging)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(staging, final)
+        _flush(directory)
+        for old in find(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def find(directory: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _NAME.search(path.name) and (path / "manifest.json").is_file()]
+    return sorted(found, key=lambda path: int(_NAME.search(path.name).group(1)))  # type: ignore[union-attr]
+
+
+def newest(directory: Path, step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies (or the one of `step`), and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: `step` was asked for and is missing or damaged.
+    """
+    problems: list[str] = []
+    for path in reversed(find(directory)):
+        if step is not None and int(path.name.removeprefix("step-")) != step:
+            continue
+        try:
+            return verify(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if step is not None:
+        steps = ", ".join(path.name for path in find(directory)) or "none"
+        reason = "; ".join(problems) or f"there is no such checkpoint in {directory} (found: {steps})"
+        raise CheckpointError(f"checkpoint of step {step}: {reason}")
+    return None, problems
+
+
+def verify(path: Path) -> Checkpoint:
+    """Check every shard against the manifest.
+
+    Raises:
+        CheckpointError: unreadable manifest, missing shard, wrong size or hash.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}/manifest.json cannot be read: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    for entry in manifest["shards"]:
+        shard = path / Path(entry["name"]).name
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is missing; use an older checkpoint or restore the file")
+        if shard.stat().st_size != entry["bytes"] or file_sha256(shard) != entry["sha256"]:
+            raise CheckpointError(f"{shard} is damaged (size or sha256 differs from the manifest)")
+    return Checkpoint(path, manifest)
+
+
+def read_full(checkpoint: Checkpoint, kinds: tuple[str, ...] = ("master", *zero3.MOMENTS)) -> dict[str, dict[str, Tensor]]:
+    """Whole flat float32 tensors per parameter and kind, put together from all shards and trimmed of padding."""
+    shards = [load_file(checkpoint.directory / entry["name"]) for entry in checkpoint.manifest["shards"]]
+    full: dict[str, dict[str, Tensor]] = {}
+    for name, shape in checkpoint.manifest["shapes"].items():
+        count = int(torch.Size(shape).numel())
+        full[name] = {kind: torch.cat([shard[f"{name}|{kind}"] for shard in shards])[:count] for kind in kinds}
+    return full
+
+
+def load_weights(module: nn.Module, checkpoint: Checkpoint, full: dict[str, dict[str, Tensor]]) -> None:
+    """Copy master weights into an unpartitioned module.
+
+    Raises:
+        CheckpointError: parameter names or shapes differ, which means another configuration wrote the checkpoint.
+    """
+    parameters = zero3.trainable_parameters(module)
+    shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    if shapes != checkpoint.manifest["shapes"]:
+        other = checkpoint.manifest["shapes"]
+        names = sorted(name for name in shapes.keys() | other.keys() if shapes.get(name) != other.get(name))
+        raise CheckpointError(
+            f"{checkpoint.directory} does not fit this hypernetwork: {len(names)} parameters differ, first {names[0]}: "
+            f"saved {other.get(names[0])}, expected {shapes.get(names[0])}\n"
+            "  fix: use the configuration it was trained with, or another run.directory"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(full[name]["master"].view(parameter.shape))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

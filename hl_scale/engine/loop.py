@@ -1,0 +1,312 @@
+"""The training loop, the same under every launcher.
+
+Each process calls `train(config)` after its launcher set RANK, WORLD_SIZE and MASTER_*. The global batch of every step
+follows from the seed and the step number alone, so launchers and world sizes see the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hl_scale.base import AdaptedModel, load_base
+from hl_scale.conditions import typology
+from hl_scale.config import Config, ConfigError, TrainingConfig
+from hl_scale.data.corpus import Corpus, Pair, load_corpus
+from hl_scale.data.sampling import BatchPlan, GlobalSampler, plan_batches
+from hl_scale.engine import checkpoint, zero3
+from hl_scale.engine.progress import Reporter, check_loggers
+from hl_scale.engine.run import open_run_directory
+from hl_scale.engine.targets import TargetCache, tokenize
+from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
+from hl_scale.engine.zero3 import World
+from hl_scale.hypernetwork import build_hypernetwork
+from hl_scale.objectives.alignment import AlignmentObjective
+
+
+class TrainingAborted(RuntimeError):
+    """Training stopped because its numbers were no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a call to `train` got to: steps done, last loss, whether it was interrupted, newest checkpoint."""
+
+    step: int
+    loss: float
+    interrupted: bool
+    checkpoint: Path
+
+
+def train(
+    config: Config,
+    *,
+    on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None,
+    stop_at: int | None = None,
+) -> TrainingResult:
+    """Train to `config.training.steps`, resuming from the newest good checkpoint of the run directory.
+
+    Args:
+        config: the whole configuration.
+        on_checkpoint: called on every rank after a checkpoint is committed, with step, directory and last metrics.
+        stop_at: stop early after this step, as an interruption would (the schedule is unchanged).
+
+    Raises:
+        ConfigError: settings that cannot work, before anything is trained.
+        TrainingAborted: too many non-finite steps in a row.
+    """
+    check_loggers(config.training.loggers)
+    world = zero3.join_world()
+    plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world.size)
+    directory = Path(config.run.directory)
+    if world.is_main:
+        open_run_directory(config)
+    corpus = load_corpus(config.data.directory)
+    base = load_base(config.base, config.lora, world.device)
+    objective = AlignmentObjective(config.objective)
+    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens)
+    targets = TargetCache(Path(config.data.directory) / "targets", base, objective)
+    targets.prepare([pair.standard for pair in corpus.train], world, _report_targets if world.is_main else None)
+
+    torch.manual_seed(config.run.seed)
+    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    module = TrainingModule(hypernetwork, base, objective, config.base.placement == "zero3").to(world.device)
+    found, problems = checkpoint.newest(directory / "checkpoints")
+    full = checkpoint.read_full(found) if found is not None else None
+    if found is not None and full is not None:
+        _check_origin(found, base, corpus)
+        checkpoint.load_weights(module, found, full)
+    engine = zero3.build_engine(module, config.base, config.training, config.zero3, plan)
+    start = 0
+    if found is not None and full is not None:
+        start = found.step
+        zero3.restore_partitions(engine, full, start, world)
+        del full
+    loop = _Loop(config, world, plan, engine, base, corpus.train, targets, lengths)
+    reporter = None
+    if world.is_main:
+        reporter = Reporter(directory, config.training.steps, start, config.training.loggers, config.model_dump(mode="json"))
+        for problem in problems:
+            reporter.say(f"checkpoint passed over: {problem}")
+        if start:
+            reporter.say(f"resuming from step {start}")
+    details = {"base_fingerprint": base.fingerprint, "data_fingerprint": corpus_fingerprint(corpus), "seed": config.run.seed}
+    try:
+        return loop.run(start, directory, details, reporter, on_checkpoint, stop_at)
+    finally:
+        base.detach_factors()
+        if reporter is not None:
+            reporter.close()
+
+
+class _Loop:
+    """State of one call to `train`."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        plan: BatchPlan,
+        engine: Any,
+        base: AdaptedModel,
+        pairs: list[Pair],
+        targets: TargetCache,
+        lengths: list[int],
+    ) -> None:
+        self.config, self.world, self.plan, self.engine = config, world, plan, engine
+        self.base, self.pairs, self.targets = base, pairs, targets
+        training = config.training
+        self.sampler = GlobalSampler(
+            lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches
+        )
+        self.consecutive_skips = 0
+        self.interrupted = False
+
+    def run(
+        self,
+        start: int,
+        directory: Path,
+        details: dict[str, Any],
+        reporter: Reporter | None,
+        on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None,
+        stop_at: int | None,
+    ) -> TrainingResult:
+        training = self.config.training
+        last = checkpoint.newest(directory / "checkpoints")[0] if start else None
+        saved = last.directory if last is not None else directory
+        metrics: dict[str, float] = {"loss": float("nan")}
+        step = start
+        end = min(training.steps, stop_at) if stop_at is not None else training.steps
+        with _stop_on_signal() as stop_requested:
+            while step < end:
+                metrics = self.step(step, stop_requested())
+                step += 1
+                if reporter is not None:
+                    reporter.show(step, metrics)
+                    if step % training.log_every == 0 or step == end:
+                        reporter.log(step, metrics)
+                if step % training.save_every == 0 or step == end or self.interrupted:
+                    saved = checkpoint.save(
+                        directory / "checkpoints", self.engine, step, self.world, training.keep_checkpoints, details
+                    )
+                    if on_checkpoint is not None:
+                        on_checkpoint(step, saved, metrics)
+                if self.interrupted:
+                    if reporter is not None:
+                        reporter.say(f"interrupted: saved step {step}; run the same command to go on")
+                    break
+        return TrainingResult(step, metrics["loss"], self.interrupted, saved)
+
+    def step(self, step: int, stop_requested: bool) -> dict[str, float]:
+        """One optimizer step on global batch number `step`; returns metrics that are equal on every rank."""
+        started = time.perf_counter()
+        training = self.config.training
+        rate = learning_rate(training, step)
+        zero3.set_learning_rate(self.engine, rate)
+        skipped_before = self.engine.skipped_steps
+        loss_sum, tokens = 0.0, 0
+        for samples in self.sampler.micro_batches(step, self.world.rank, self.plan):
+            batch = self.collate(samples).to(self.world.device)
+            loss = self.engine(batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            loss_sum += loss.item() / self.plan.accumulation
+            tokens += int(batch.attention_mask.sum())
+        loss_sum, token_sum, stops = zero3.reduce_sum(
+            [loss_sum / self.world.size, float(tokens), float(stop_requested)], self.world
+        )
+        self.interrupted = stops > 0
+        skipped = self.engine.skipped_steps > skipped_before or not math.isfinite(loss_sum)
+        self._count_skips(skipped, step, loss_sum)
+        seconds = time.perf_counter() - started
+        hypernetwork = self.engine.module.hypernetwork
+        metrics = {
+            "loss": loss_sum,
+            "learning_rate": rate,
+            "gradient_norm": zero3.gradient_norm(self.engine),
+            "tokens": token_sum,
+            "tokens_per_second": token_sum / seconds,
+            "seconds": seconds,
+            "skipped_steps": float(self.engine.skipped_steps),
+            "dead_unit_share": hypernetwork.dead_unit_share,
+        }
+        if hypernetwork.trunk_gradient_norm is not None:
+            metrics["trunk_gradient_norm"] = hypernetwork.trunk_gradient_norm
+        return metrics
+
+    def collate(self, samples: np.ndarray) -> AlignmentBatch:
+        """Sample numbers to a padded micro-batch with its distinct conditions."""
+        pairs = [self.pairs[int(sample)] for sample in samples]
+        input_ids, attention_mask = tokenize(self.base, [pair.dialect for pair in pairs])
+        clouds = [self.targets.get(pair.standard) for pair in pairs]
+        target = torch.nn.utils.rnn.pad_sequence(clouds, batch_first=True)
+        sizes = torch.tensor([len(cloud) for cloud in clouds])
+        rows: dict[bytes, int] = {}
+        index = [rows.setdefault(pair.vector.tobytes(), len(rows)) for pair in pairs]
+        conditions = np.stack([np.frombuffer(row, dtype=np.float32) for row in rows])
+        return AlignmentBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            conditions=torch.from_numpy(conditions.copy()),
+            condition_index=torch.tensor(index),
+            target=target,
+            target_mask=torch.arange(target.shape[1])[None] < sizes[:, None],
+        )
+
+    def _count_skips(self, skipped: bool, step: int, loss: float) -> None:
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+        if self.consecutive_skips >= self.config.training.maximum_consecutive_skips:
+            pair_ids = [self.pairs[int(sample)].pair_id for sample in self.sampler.batch(step)]
+            raise TrainingAborted(
+                f"step {step + 1}: loss {loss}, {self.consecutive_skips} non-finite steps in a row; no weight was changed "
+                f"by them. Pairs of the last batch: {pair_ids}\n"
+                "  fix: lower training.learning_rate, set training.gradient_clipping, or look at these pairs"
+            )
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up, then the schedule down to the minimum at the last step."""
+    warmup = round(training.warmup_ratio * training.steps)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    if training.schedule == "constant":
+        return training.learning_rate
+    progress = (step - warmup) / max(training.steps - warmup, 1)
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1 - progress
+    floor = training.minimum_learning_rate_ratio
+    return training.learning_rate * (floor + (1 - floor) * remaining)
+
+
+def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int) -> list[int]:
+    """Tokens of each dialect sentence.
+
+    Raises:
+        ConfigError: a pair is longer than `maximum_tokens` or the model's context, or empty.
+    """
+    limit = min(maximum_tokens, base.context_length)
+    dialect = [len(ids) for ids in base.tokenizer([pair.dialect for pair in pairs])["input_ids"]]
+    standard = [len(ids) for ids in base.tokenizer([pair.standard for pair in pairs])["input_ids"]]
+    for pair, own, other in zip(pairs, dialect, standard, strict=True):
+        if max(own, other) > limit:
+            raise ConfigError(
+                f"pair {pair.pair_id} has {max(own, other)} tokens, more than {limit} (data.maximum_tokens = {maximum_tokens}, "
+                f"context of the base = {base.context_length}): {pair.dialect[:60]!r}\n"
+                "  fix: raise data.maximum_tokens, or lower data.maximum_words and prepare again"
+            )
+    return dialect
+
+
+def corpus_fingerprint(corpus: Corpus) -> str:
+    """What identifies the training data: the settings fingerprint in its manifest."""
+    return str(corpus.manifest["fingerprint"])
+
+
+def _check_origin(found: checkpoint.Checkpoint, base: AdaptedModel, corpus: Corpus) -> None:
+    for name, now in (("base_fingerprint", base.fingerprint), ("data_fingerprint", corpus_fingerprint(corpus))):
+        if found.manifest[name] != now:
+            raise checkpoint.CheckpointError(
+                f"{found.directory} was trained with {name} {found.manifest[name][:12]}, now it is {now[:12]}\n"
+                "  fix: restore that model or corpus, or choose another run.directory"
+            )
+
+
+def _report_targets(done: int, total: int) -> None:
+    if done % 4 == 0:
+        print(f"computing frozen targets: {done}/{total} chunks", flush=True)
+
+
+class _stop_on_signal:
+    """While active, the first SIGINT or SIGTERM asks the loop to save and stop; a second one acts as usual."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: a cluster worker, which is stopped by its controller
+                break
+        return lambda: self._asked
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def limit_threads(processes_per_host: int) -> None:
+    """Share the host's cores between its processes unless OMP_NUM_THREADS already says how."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, processes_per_host)))

@@ -1,0 +1,149 @@
+"""Run directories: what a run is made of, and how one is opened again.
+
+    config.yaml  environment.json  metrics.jsonl  checkpoints/step-000100/  evaluation.json  report.html
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hl_scale.base import AdaptedModel, load_base
+from hl_scale.conditions import typology
+from hl_scale.config import Config, ConfigError, dump_config, load_config
+from hl_scale.engine import checkpoint
+from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
+
+_PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geomloss", "peft", "value-nlp", "numpy")
+# Sections and keys that may change when a run is continued: they do not change what is computed.
+_MAY_CHANGE = {"run.directory", "cluster", "evaluation", "training.save_every", "training.keep_checkpoints",
+               "training.log_every", "training.loggers", "training.micro_batch_size", "base.cache_directory",
+               "base.placement", "base.gradient_checkpointing", "zero3", "data.num_workers"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained run, ready to generate adapters."""
+
+    directory: Path
+    config: Config
+    base: AdaptedModel
+    hypernetwork: Hypernetwork
+    step: int
+
+
+def load_run(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    base: AdaptedModel | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedRun:
+    """Open a run directory.
+
+    Args:
+        directory: run directory.
+        step: checkpoint to use; the newest that verifies unless given.
+        base: an already loaded base with the same fingerprint, to save memory.
+        device: where to put the model.
+
+    Raises:
+        ConfigError: not a run directory, or it has no checkpoint yet.
+        CheckpointError: damaged, or trained on another base.
+    """
+    directory = Path(directory)
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} is not a run directory (no config.yaml)\n  fix: pass the run.directory of a training")
+    config = load_config(directory / "config.yaml", environment={})
+    found, problems = checkpoint.newest(directory / "checkpoints", step)
+    if found is None:
+        raise ConfigError(f"{directory} has no usable checkpoint. {' '.join(problems)}\n  fix: train it first")
+    base = load_base(config.base, config.lora, device) if base is None else base
+    if found.manifest["base_fingerprint"] != base.fingerprint:
+        raise checkpoint.CheckpointError(
+            f"{found.directory} was trained on base {found.manifest['base_fingerprint'][:12]}, but base.model now gives "
+            f"{base.fingerprint[:12]}\n  fix: restore the model revision or the quantisation settings of that run"
+        )
+    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    weights = {name.removeprefix("hypernetwork."): kinds for name, kinds in checkpoint.read_full(found, ("master",)).items()}
+    shapes = {name.removeprefix("hypernetwork."): shape for name, shape in found.manifest["shapes"].items()}
+    stripped = checkpoint.Checkpoint(found.directory, {**found.manifest, "shapes": shapes})
+    checkpoint.load_weights(hypernetwork, stripped, weights)
+    hypernetwork.requires_grad_(False).eval().to(device)
+    return LoadedRun(directory, config, base, hypernetwork, found.step)
+
+
+def open_run_directory(config: Config) -> Path:
+    """Create the directory, or check that it belongs to the same run.
+
+    Raises:
+        ConfigError: it holds a run with other settings; lists them.
+    """
+    directory = Path(config.run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    if path.is_file() and checkpoint.find(directory / "checkpoints"):
+        differences = _differences(load_config(path, environment={}), config)
+        if differences:
+            listed = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences)
+            raise ConfigError(
+                f"{directory} holds a run with other settings:\n{listed}\n"
+                "  fix: choose another run.directory, or remove that one to start over"
+            )
+    write_text(path, dump_config(config))
+    write_text(directory / "environment.json", json.dumps(environment(), indent=1))
+    return directory
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for environment.json and reports."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "accelerator": accelerator,
+        "versions": versions,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    found = []
+    old_tree, new_tree = old.model_dump(), new.model_dump()
+    for section in new_tree:
+        for key in new_tree[section]:
+            name = f"{section}.{key}"
+            if section in _MAY_CHANGE or name in _MAY_CHANGE:
+                continue
+            if old_tree[section][key] != new_tree[section][key]:
+                found.append((name, old_tree[section][key], new_tree[section][key]))
+    return found

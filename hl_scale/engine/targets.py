@@ -1,0 +1,113 @@
+"""Frozen targets: the base's own states of each standard sentence, computed once and kept on disk.
+
+Keyed by model fingerprint, normalisation and text, so they are shared by runs and never mixed up between bases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hl_scale.base import AdaptedModel
+from hl_scale.engine.zero3 import World
+from hl_scale.objectives.alignment import AlignmentObjective
+
+TEXTS_PER_CHUNK = 128
+
+
+class TargetCache:
+    """Token clouds of standard sentences.
+
+    Args:
+        directory: parent directory; one sub-directory per (base, normalisation).
+        base: the frozen base.
+        objective: normalisation and token mask.
+    """
+
+    def __init__(self, directory: Path, base: AdaptedModel, objective: AlignmentObjective) -> None:
+        key = f"{base.fingerprint}|{objective.config.normalization}|{objective.config.skip_first_token}"
+        self.directory = directory / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.base = base
+        self.objective = objective
+        self._found: dict[str, Path] = {}
+        self._memory: dict[str, Tensor] = {}
+
+    def prepare(self, texts: Sequence[str], world: World, report: Callable[[int, int], None] | None = None) -> None:
+        """Compute what is missing, the chunks shared out over the ranks; collective.
+
+        Args:
+            texts: standard sentences, repeats allowed.
+            world: this process.
+            report: called with (chunks done, chunks in all) of this rank.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._scan()
+        missing = sorted({text for text in texts if text_key(text) not in self._found}, key=text_key)
+        _agree(world)  # nobody writes before everybody has looked
+        chunks = [missing[i : i + TEXTS_PER_CHUNK] for i in range(0, len(missing), TEXTS_PER_CHUNK)]
+        mine = chunks[world.rank :: world.size]
+        for done, chunk in enumerate(mine):
+            if report is not None:
+                report(done, len(mine))
+            self._write(chunk, world.device)
+        _agree(world)
+        self._scan()
+
+    def get(self, text: str) -> Tensor:
+        """(M, D) normalised states without the tokens the objective leaves out; float32."""
+        key = text_key(text)
+        if key not in self._memory:
+            with safe_open(self._found[key], framework="pt") as file:
+                self._memory[key] = file.get_tensor(key)
+        return self._memory[key].float()
+
+    def _write(self, texts: list[str], device: torch.device) -> None:
+        clouds = {}
+        by_length = sorted(texts, key=len)
+        for start in range(0, len(texts), 16):
+            batch = by_length[start : start + 16]
+            clouds |= dict(zip(map(text_key, batch), self.clouds(batch, device), strict=True))
+        name = hashlib.sha256("".join(sorted(clouds)).encode()).hexdigest()[:16]
+        temporary = self.directory / f".{name}.{os.getpid()}"
+        save_file(clouds, temporary)
+        os.replace(temporary, self.directory / f"{name}.safetensors")
+
+    def clouds(self, texts: list[str], device: torch.device) -> list[Tensor]:
+        """Token clouds of a few texts by one pass of the bare base: list of (M_i, D)."""
+        input_ids, mask = tokenize(self.base, texts)
+        with torch.no_grad():
+            hidden = self.base.hidden_states(input_ids.to(device), mask.to(device))
+            states = self.objective.normalize(hidden).to(hidden.dtype).cpu()
+        kept = self.objective.token_mask(mask)
+        return [states[row, kept[row]].contiguous() for row in range(len(texts))]
+
+    def _scan(self) -> None:
+        for path in self.directory.glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._found |= dict.fromkeys(file.keys(), path)
+            except SafetensorError:
+                path.unlink()  # damaged: computed again
+
+
+def tokenize(base: AdaptedModel, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask (B, T), padded on the right."""
+    encoded = base.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+def text_key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _agree(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

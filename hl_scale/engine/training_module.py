@@ -1,0 +1,71 @@
+"""One micro-batch: conditions -> factors -> adapted base -> objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hl_scale.base import AdaptedModel
+from hl_scale.hypernetwork import Hypernetwork
+from hl_scale.objectives.alignment import AlignmentObjective
+
+
+@dataclass
+class AlignmentBatch:
+    """A micro-batch of B pairs with E distinct conditions.
+
+    Attributes:
+        input_ids, attention_mask: (B, T) dialect sentences, padded on the right.
+        conditions: (E, C) float32.
+        condition_index: (B,) row of `conditions` for each pair.
+        target: (B, M, D) normalised base states of the standard sentences, padded.
+        target_mask: (B, M) bool.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    conditions: Tensor
+    condition_index: Tensor
+    target: Tensor
+    target_mask: Tensor
+
+    def to(self, device: torch.device) -> AlignmentBatch:
+        return AlignmentBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+class TrainingModule(nn.Module):
+    """What the engine trains.
+
+    With `partition_base` the base is a submodule, so ZeRO-3 partitions its packed bytes; otherwise each rank keeps it
+    whole and outside the engine. The hypernetwork is registered first: the engine takes its type from the first
+    parameter, which must be a floating one.
+    """
+
+    def __init__(
+        self, hypernetwork: Hypernetwork, base: AdaptedModel, objective: AlignmentObjective, partition_base: bool
+    ) -> None:
+        super().__init__()
+        self.hypernetwork = hypernetwork
+        self.objective = objective
+        if partition_base:
+            self.partitioned_base = base
+        self._base = (base,)  # a tuple keeps the module unregistered
+
+    @property
+    def base(self) -> AdaptedModel:
+        return self._base[0]
+
+    def forward(self, batch: AlignmentBatch) -> Tensor:
+        """Mean divergence of the micro-batch, ()."""
+        factors = self.hypernetwork(batch.conditions)
+        if factors.conditions != 1 and not _is_identity(batch.condition_index, factors.conditions):
+            factors = factors.select(batch.condition_index)
+        hidden = self.base.hidden_states(batch.input_ids, batch.attention_mask, factors)
+        loss, _ = self.objective(hidden, batch.attention_mask, batch.target, batch.target_mask)
+        return loss
+
+
+def _is_identity(index: Tensor, conditions: int) -> bool:
+    return len(index) == conditions and bool((index == torch.arange(conditions, device=index.device)).all())

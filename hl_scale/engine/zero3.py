@@ -1,0 +1,169 @@
+"""Everything DeepSpeed: process group, configuration, engine construction, and the partitions of master weights.
+
+DeepSpeed is imported inside functions, because importing it probes accelerators: a driver without one must not do so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hl_scale.config import BaseModelConfig, TrainingConfig, Zero3Config
+from hl_scale.data.sampling import BatchPlan
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: global rank, number of processes, device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join_world() -> World:
+    """Join the process group a launcher described by RANK, WORLD_SIZE and MASTER_*, or start a group of one."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def deepspeed_config(
+    base: BaseModelConfig, training: TrainingConfig, zero3: Zero3Config, plan: BatchPlan
+) -> dict[str, Any]:
+    """The DeepSpeed JSON; every number is concrete, none is "auto"."""
+    optimization: dict[str, Any] = {
+        "stage": 3,
+        "overlap_comm": zero3.overlap_communication,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": zero3.reduce_bucket_size,
+        "stage3_prefetch_bucket_size": zero3.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero3.parameter_persistence_threshold,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+    if zero3.offload == "cpu":
+        optimization["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": training.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": base.compute_dtype == "bfloat16"},
+        "zero_optimization": optimization,
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(
+    module: nn.Module, base: BaseModelConfig, training: TrainingConfig, zero3: Zero3Config, plan: BatchPlan
+) -> Any:
+    """Hand the module's trainable parameters to a ZeRO-3 engine with torch's AdamW."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=training.learning_rate,
+        betas=training.betas,
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(base, training, zero3, plan)
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    for group in engine.optimizer.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global gradient norm of the last step, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def local_partitions(engine: Any) -> dict[str, dict[str, Tensor]]:
+    """This rank's flat float32 partition of every trainable parameter: master weight and Adam moments."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    partitions = {}
+    for name, parameter in trainable_parameters(engine.module).items():
+        entry = {"master": safe_get_local_fp32_param(parameter)}
+        entry |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
+        partitions[name] = {kind: tensor.detach().cpu().clone() for kind, tensor in entry.items()}
+    return partitions
+
+
+def full_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Unpartitioned shape of every trainable parameter."""
+    return {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in trainable_parameters(module).items()
+    }
+
+
+def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], step: int, world: World) -> None:
+    """Set master weights, moments and Adam's step count from whole flat tensors, whatever world size wrote them.
+
+    The module's own values must already be the same weights (they are loaded before the engine is built).
+    """
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    optimizer = engine.optimizer
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        optimizer.optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+    for name, parameter in trainable_parameters(engine.module).items():
+        size = parameter.ds_tensor.numel()
+        for kind, whole in full[name].items():
+            part = torch.zeros(size, dtype=torch.float32)
+            values = whole[world.rank * size : (world.rank + 1) * size]
+            part[: values.numel()] = values
+            part = part.to(world.device)
+            if kind == "master":
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, kind)
+
+
+def reduce_sum(values: list[float], world: World) -> list[float]:
+    """Sum of plain floats over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64 if world.device.type == "cpu" else torch.float32)
+    tensor = tensor.to(world.device)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]

@@ -1,0 +1,339 @@
+"""The dialect evaluation: how much closer an adapter brings a dialect's hidden states to Standard English, and why.
+
+For every held-out variety: the divergence between the hidden states of its sentences under an adapter and the frozen
+base's states of their Standard English originals, divided by the same divergence without an adapter. A ratio below 1 says
+little on its own: the controls (`hl_scale.evaluation.controls`) say what is reached without the dialect's own vector, and
+the damage to Standard English says at what price. Nothing is trained or selected on these sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from hl_scale.conditions import typology
+from hl_scale.evaluation import provenance, summaries
+from hl_scale.evaluation.controls import CONTROLS, OWN, PLAIN, TrainingConditions, condition_vectors, wrong_variety
+from hl_scale.evaluation.measurement import (
+    Array,
+    CloudStatistics,
+    EvaluationError,
+    Measurer,
+    Tokens,
+    cloud_statistics,
+    delta_gram,
+)
+from hl_scale.evaluation.statistics import SentenceBootstrap
+from hl_scale.evaluation.summaries import BASE, DialectValues
+from hl_scale.objectives.alignment import AlignmentObjective
+
+if TYPE_CHECKING:
+    from hl_scale.data.corpus import Corpus, Pair
+    from hl_scale.engine.run import LoadedRun
+    from hl_scale.lora import LoraFactors
+
+CAVEATS = (
+    "Intervals are over sentences; they do not include the variance between training seeds.",
+    "Dialect text is produced by rules (Multi-VALUE) from eWAVE features, not by speakers.",
+    "The divergence of hidden states is a proxy: it does not measure task accuracy on dialect text.",
+)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """What is evaluated: dialect pairs by variety, and their Standard English sentences, each once and in order of id."""
+
+    pairs: dict[str, list[Pair]]
+    sentence_ids: list[int]
+    available: int
+
+    @property
+    def standard_texts(self) -> list[str]:
+        texts = {pair.sentence_id: pair.standard for pairs in self.pairs.values() for pair in pairs}
+        return [texts[sentence_id] for sentence_id in self.sentence_ids]
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """Tokens and frozen clouds of the Standard English sentences, in order."""
+
+    tokens: Tokens
+    clouds: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A run and the measurer over its base."""
+
+    run: LoadedRun
+    measurer: Measurer
+
+    def factors(self, vectors: np.ndarray[Any, Any]) -> LoraFactors:
+        """Factors for vectors (235,) or (E, 235)."""
+        conditions = torch.tensor(np.atleast_2d(vectors), dtype=torch.float32).to(self.measurer.device)
+        with torch.inference_mode():
+            return self.run.hypernetwork(conditions)
+
+
+def evaluate_dialects(
+    run: LoadedRun, corpus: Corpus, *, control: LoadedRun | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Evaluate a run on the held-out sentences of ``config.data.evaluation_varieties``.
+
+    Args:
+        run: the trained hypernetwork with its base.
+        corpus: the prepared corpus of that run.
+        control: a run of kind ``plain_lora`` on the same base and data; its column is missing without it.
+        progress: show a progress bar.
+
+    Returns:
+        A JSON-serialisable result: one row per dialect (ratios, paired differences to the own vector, changed and
+        unchanged sentences apart, coverage), averages over seen and unseen dialects, the damage done to Standard
+        English, collapse diagnostics, provenance and caveats. Divergences are those of the training objective.
+
+    Raises:
+        EvaluationError: a variety has no held-out sentences, a sentence exceeds the context, or the control does not fit.
+    """
+    started = time.perf_counter()
+    settings = run.config.evaluation
+    heldout = _select(corpus, run.config.data.evaluation_varieties, settings.sentences, settings.seed)
+    _check_control(run, control)
+    bootstrap = SentenceBootstrap(len(heldout.sentence_ids), samples=settings.bootstrap_samples, seed=settings.seed)
+    with _progress_bar(_passes(heldout, control is not None, run.base.has_head), progress) as advance:
+        objective = AlignmentObjective(run.config.objective)
+        arm = _Arm(run, Measurer(run.base, objective, settings.batch_size, advance))
+        plain = _Arm(control, Measurer(control.base, objective, settings.batch_size, advance)) if control else None
+        tokens = arm.measurer.tokenize(heldout.standard_texts)
+        standard = _Standard(tokens, arm.measurer.frozen_clouds(tokens))
+        training = TrainingConditions.of(corpus.train)
+        rows, values = [], []
+        for name in heldout.pairs:
+            row, measured = _dialect_row(name, heldout, standard, training, arm, plain, bootstrap)
+            rows.append(row)
+            values.append(measured)
+        damage = _standard_damage(standard, arm, plain, bootstrap)
+    seen = [bool(row["seen"]) for row in rows]
+    result = {
+        "evaluation": "dialects",
+        "format": 1,
+        "sentences": {"used": len(heldout.sentence_ids), "available": heldout.available},
+        "reduced": _reductions(run, heldout),
+        "controls": {name: text for name, text in CONTROLS.items() if name != PLAIN or control is not None},
+        "dialects": rows,
+        "averages": {
+            "unseen": summaries.averages([v for v, s in zip(values, seen, strict=True) if not s], bootstrap),
+            "seen": summaries.averages([v for v, s in zip(values, seen, strict=True) if s], bootstrap),
+        },
+        "standard_english": damage,
+        "adapters": _adapters(list(heldout.pairs), arm),
+        "caveats": [*CAVEATS, *_control_caveats(run, control)],
+        "provenance": _provenance(run, control, corpus, arm.measurer.device),
+    }
+    result["provenance"]["wall_seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def save(result: Mapping[str, Any], run_directory: str | os.PathLike[str]) -> Path:
+    """Write ``evaluation.json`` into a run directory, whole or not at all, and return its path."""
+    path = Path(run_directory) / "evaluation.json"
+    temporary = path.with_name(f".evaluation.json.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _select(corpus: Corpus, varieties: Sequence[str], limit: int | None, seed: int) -> _HeldOut:
+    """Held-out pairs of the varieties on at most ``limit`` sentences, the same sentences for every variety."""
+    names = [typology.resolve(name) for name in varieties]
+    if not names:
+        raise EvaluationError("data.evaluation_varieties is empty\n  fix: name the varieties to evaluate, then prepare")
+    missing = [name for name in names if name not in corpus.heldout_varieties]
+    if missing:
+        raise EvaluationError(
+            f"the corpus has no held-out sentences for: {', '.join(missing)}\n"
+            f"  it has: {', '.join(corpus.heldout_varieties) or 'none'}\n"
+            "  fix: run `hl-scale prepare` with these names in data.evaluation_varieties"
+        )
+    pairs = {name: list(corpus.heldout(name)) for name in names}
+    ids = np.array(sorted({pair.sentence_id for chosen in pairs.values() for pair in chosen}))
+    used = ids
+    if limit is not None and limit < len(ids):
+        used = np.sort(np.random.default_rng(seed).choice(ids, size=limit, replace=False))
+    kept = set(used.tolist())
+    pairs = {name: [pair for pair in chosen if pair.sentence_id in kept] for name, chosen in pairs.items()}
+    empty = [name for name, chosen in pairs.items() if not chosen]
+    if empty:
+        raise EvaluationError(f"no held-out sentence is left for: {', '.join(empty)}\n  fix: raise evaluation.sentences")
+    return _HeldOut(pairs, used.tolist(), len(ids))
+
+
+def _check_control(run: LoadedRun, control: LoadedRun | None) -> None:
+    if control is None:
+        return
+    kind = control.config.hypernetwork.kind
+    if kind != PLAIN:
+        raise EvaluationError(
+            f"the control run {control.directory} has hypernetwork.kind {kind!r}, expected 'plain_lora'\n"
+            "  fix: train one with hypernetwork.kind=plain_lora"
+        )
+    if control.base.fingerprint != run.base.fingerprint:
+        raise EvaluationError(
+            f"the control run {control.directory} was trained on another base ({control.base.fingerprint[:12]} instead "
+            f"of {run.base.fingerprint[:12]})\n  fix: train the control with the same base section"
+        )
+
+
+def _dialect_row(
+    name: str,
+    heldout: _HeldOut,
+    standard: _Standard,
+    training: TrainingConditions,
+    arm: _Arm,
+    plain: _Arm | None,
+    bootstrap: SentenceBootstrap,
+) -> tuple[dict[str, Any], DialectValues]:
+    """Measure one variety under every condition."""
+    pairs = heldout.pairs[name]
+    number = {sentence_id: row for row, sentence_id in enumerate(heldout.sentence_ids)}
+    rows = np.array([number[pair.sentence_id] for pair in pairs], dtype=np.intp)
+    targets = [standard.clouds[row] for row in rows]
+    tokens = arm.measurer.tokenize([pair.dialect for pair in pairs])
+    vectors = condition_vectors(name, list(heldout.pairs), training, arm.run.config.evaluation.seed)
+    measured: dict[str, Array] = {}
+    clouds: dict[str, CloudStatistics] = {}
+    measured[BASE], clouds[BASE] = arm.measurer.divergences(tokens, targets, None)
+    for condition, vector in vectors.items():
+        measured[condition], clouds[condition] = arm.measurer.divergences(tokens, targets, arm.factors(vector))
+    if plain is not None:
+        factors = plain.factors(vectors["zero"])
+        measured[PLAIN], clouds[PLAIN] = plain.measurer.divergences(tokens, targets, factors)
+    values = DialectValues(name, rows, np.array([pair.changed for pair in pairs]), measured)
+    row = {
+        "variety": name,
+        "seen": name in training.varieties,
+        "wrong": wrong_variety(name, list(heldout.pairs)),
+        "coverage": training.coverage(vectors[OWN]),
+        "base_divergence": bootstrap.mean(measured[BASE], rows).to_dict(),
+        **summaries.comparison(values, bootstrap),
+        "changed": summaries.comparison(values.part(values.changed), bootstrap),
+        "unchanged": summaries.added_divergence(values.part(~values.changed), bootstrap),
+        "share_made_worse": float(np.mean(measured[OWN] > measured[BASE])),
+        "token_variance": summaries.relative_variances(
+            {condition: clouds[condition] for condition in (BASE, OWN, PLAIN) if condition in clouds},
+            cloud_statistics(targets),
+        ),
+    }
+    return row, values
+
+
+def _standard_damage(
+    standard: _Standard, arm: _Arm, plain: _Arm | None, bootstrap: SentenceBootstrap
+) -> dict[str, Any]:
+    """What Standard English loses: divergence to the base's own states, and language-model loss if there is a head."""
+    zero = np.zeros(typology.NUM_FEATURES, dtype=np.float32)
+    arms = {"zero": arm} if plain is None else {"zero": arm, PLAIN: plain}
+    values = {
+        name: each.measurer.divergences(standard.tokens, standard.clouds, each.factors(zero))[0]
+        for name, each in arms.items()
+    }
+    result: dict[str, Any] = {
+        "sentences": len(standard.tokens),
+        "divergence": {
+            name: {**bootstrap.mean(value).to_dict(), "maximum": float(value.max())} for name, value in values.items()
+        },
+        "language_model_loss": None,
+    }
+    if plain is not None and values[PLAIN].mean() > 0:
+        result["zero_over_plain_lora"] = bootstrap.ratio(values["zero"], values[PLAIN]).to_dict()
+    if arm.run.base.has_head:
+        losses, predicted = {}, np.ones(len(standard.tokens))
+        losses[BASE], predicted = arm.measurer.language_model_losses(standard.tokens, None)
+        for name, each in arms.items():
+            losses[name], _ = each.measurer.language_model_losses(standard.tokens, each.factors(zero))
+        added = {name: loss - losses[BASE] for name, loss in losses.items() if name != BASE}
+        result["language_model_loss"] = {
+            "unit": "nats per token",
+            "tokens": int(predicted.sum()),
+            "loss": {name: bootstrap.ratio(loss, predicted).to_dict() for name, loss in losses.items()},
+            "added": {name: bootstrap.ratio(loss, predicted).to_dict() for name, loss in added.items()},
+        }
+    return result
+
+
+def _adapters(names: Sequence[str], arm: _Arm) -> dict[str, Any]:
+    """Norm of the generated delta W (all slots together) per condition, and the cosines between them."""
+    vectors = np.stack([*(typology.vector(name) for name in names), np.zeros(typology.NUM_FEATURES, np.float32)])
+    gram = delta_gram(arm.factors(vectors))
+    norms = np.sqrt(np.diag(gram).clip(min=0))
+    outer = np.outer(norms, norms)
+    cosine = np.divide(gram, outer, out=np.zeros_like(gram), where=outer > 0)
+    return {
+        "conditions": [*names, "zero"],
+        "delta_norm": norms.tolist(),
+        "delta_cosine": np.where(outer > 0, cosine, None).tolist(),
+    }
+
+
+def _passes(heldout: _HeldOut, with_control: bool, causal: bool) -> int:
+    """Sentences that go through a model, for the progress bar."""
+    conditions = 1 + len(CONTROLS) + with_control
+    standard = 2 + with_control + (2 + with_control) * causal
+    return conditions * sum(len(pairs) for pairs in heldout.pairs.values()) + standard * len(heldout.sentence_ids)
+
+
+def _reductions(run: LoadedRun, heldout: _HeldOut) -> list[str]:
+    """In what this evaluation is smaller than the run's own recipe; empty for a full one."""
+    reductions = []
+    if len(heldout.sentence_ids) < heldout.available:
+        reductions.append(f"{len(heldout.sentence_ids)} of {heldout.available} held-out sentences")
+    if run.step < run.config.training.steps:
+        reductions.append(f"checkpoint of step {run.step} of {run.config.training.steps}")
+    return reductions
+
+
+def _control_caveats(run: LoadedRun, control: LoadedRun | None) -> list[str]:
+    if control is None:
+        return ["No plain LoRA was trained: a gain of one shared adapter is not told apart from a gain of conditioning."]
+    ours, theirs = run.config, control.config
+    caveats = []
+    budgets = [run.step * ours.training.global_batch_size, control.step * theirs.training.global_batch_size]
+    if budgets[0] != budgets[1]:
+        caveats.append(f"Budgets differ: {budgets[0]} training pairs for this run, {budgets[1]} for the plain LoRA.")
+    for section, left, right in (("lora", ours.lora, theirs.lora), ("data", ours.data, theirs.data)):
+        if left != right:
+            caveats.append(f"The plain LoRA was trained with another {section} section.")
+    return caveats
+
+
+def _provenance(run: LoadedRun, control: LoadedRun | None, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    return {
+        "run": provenance.describe_run(run),
+        "control": provenance.describe_run(control) if control else None,
+        "corpus_sha256": provenance.content_hash(corpus.manifest),
+        "evaluation": run.config.evaluation.model_dump(mode="json"),
+        "objective": run.config.objective.model_dump(mode="json"),
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(device),
+    }
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("sentences"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda done: bar.update(task, advance=done)

@@ -1,0 +1,144 @@
+"""Bootstrap over sentences for ratios of mean divergences.
+
+The question is what another sample of sentences would have given, so sentences are the unit that is resampled
+(Efron and Tibshirani 1993, percentile interval). One resample is a vector of counts c, multinomial over the n sentences;
+every estimate below is a ratio of two sums that the counts weight:
+
+    R(c) = sum_i c_i u_i / sum_i c_i v_i.
+
+All conditions, all dialects and all subsets of sentences share the same counts: differences between conditions are
+therefore paired, and an average over dialects respects that they are made of the same sentences. The seed of training is
+not resampled: the intervals say nothing about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+_BLOCK_ELEMENTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value on the sentences at hand and the 95% percentile interval around it.
+
+    ``resamples`` counts the resamples that the interval rests on: those whose denominator is 0 have no value.
+    """
+
+    value: float
+    low: float
+    high: float
+    resamples: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+    def excludes(self, value: float) -> bool:
+        """Whether the whole interval lies on one side of ``value``."""
+        return self.low > value or self.high < value
+
+
+class SentenceBootstrap:
+    """The resamples of one evaluation: ``samples`` count vectors over ``sentences`` sentences.
+
+    Args:
+        sentences: number of distinct sentences n.
+        samples: number of resamples S.
+        seed: seed of numpy's default generator; the same seed gives the same counts.
+
+    Memory: S * n counts of 2 bytes.
+    """
+
+    def __init__(self, sentences: int, *, samples: int = 4000, seed: int = 0) -> None:
+        if sentences < 2:
+            raise ValueError(
+                f"a bootstrap over sentences needs at least 2 of them, got {sentences}; evaluate on more sentences"
+            )
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        self.sentences = sentences
+        self.samples = samples
+        generator = np.random.default_rng(seed)
+        self._counts = np.empty((samples, sentences), dtype=np.uint16)
+        share = np.full(sentences, 1.0 / sentences)
+        block = max(1, _BLOCK_ELEMENTS // sentences)
+        for start in range(0, samples, block):
+            stop = min(start + block, samples)
+            self._counts[start:stop] = generator.multinomial(sentences, share, size=stop - start)
+
+    def mean(self, values: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Estimate:
+        """Mean of ``values`` (m,), which belong to the sentences ``rows`` (m,) (all of them unless given)."""
+        values = np.asarray(values, dtype=np.float64)
+        return self.ratio(values, np.ones_like(values), rows)
+
+    def ratio(self, numerator: npt.ArrayLike, denominator: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Estimate:
+        """Ratio of means: mean of ``numerator`` (m,) over mean of ``denominator`` (m,), same sentences in both.
+
+        Args:
+            numerator, denominator: one value per sentence.
+            rows: sentence numbers (m,) in 0..n-1 that the values belong to; all sentences in order unless given.
+
+        Raises:
+            ValueError: sizes differ, a value is not finite, or the denominator's mean is not positive.
+        """
+        top, bottom, columns = self._checked(numerator, denominator, rows)
+        return self._estimate(top.mean() / bottom.mean(), self._resampled(top, bottom, columns))
+
+    def difference(
+        self, alternative: npt.ArrayLike, own: npt.ArrayLike, base: npt.ArrayLike, rows: npt.ArrayLike | None = None
+    ) -> Estimate:
+        """Paired difference of ratios, alternative/base - own/base; positive where the alternative is worse."""
+        return self.ratio(np.asarray(alternative, np.float64) - np.asarray(own, np.float64), base, rows)
+
+    def average(self, parts: Sequence[tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike | None]]) -> Estimate:
+        """Unweighted average of several ratios (numerator, denominator, rows), all resampled with the same counts."""
+        if not parts:
+            raise ValueError("an average needs at least one ratio")
+        value, resampled = 0.0, np.zeros(self.samples)
+        for numerator, denominator, rows in parts:
+            top, bottom, columns = self._checked(numerator, denominator, rows)
+            value += top.mean() / bottom.mean() / len(parts)
+            resampled += self._resampled(top, bottom, columns) / len(parts)
+        return self._estimate(value, resampled)
+
+    def _checked(
+        self, numerator: npt.ArrayLike, denominator: npt.ArrayLike, rows: npt.ArrayLike | None
+    ) -> tuple[Array, Array, npt.NDArray[np.intp]]:
+        top = np.asarray(numerator, dtype=np.float64)
+        bottom = np.asarray(denominator, dtype=np.float64)
+        columns = np.arange(self.sentences) if rows is None else np.asarray(rows, dtype=np.intp)
+        if top.ndim != 1 or top.shape != bottom.shape or top.shape != columns.shape or top.size == 0:
+            raise ValueError(
+                f"expected one numerator and one denominator per sentence, got shapes {top.shape} and {bottom.shape} "
+                f"for {columns.size} sentences"
+            )
+        if not (np.isfinite(top).all() and np.isfinite(bottom).all()):
+            raise ValueError("a per-sentence value is not finite: the adapted model's states or losses are broken")
+        if bottom.mean() <= 0:
+            raise ValueError(f"the denominator's mean must be positive, got {bottom.mean():.3g}: the ratio is undefined")
+        return top, bottom, columns
+
+    def _resampled(self, top: Array, bottom: Array, columns: npt.NDArray[np.intp]) -> Array:
+        """R(c) for every resample, (S,); NaN where the resampled denominator is not positive."""
+        both = np.stack([top, bottom], axis=1)
+        sums = np.empty((self.samples, 2))
+        block = max(1, _BLOCK_ELEMENTS // columns.size)
+        for start in range(0, self.samples, block):
+            sums[start : start + block] = self._counts[start : start + block][:, columns].astype(np.float64) @ both
+        positive = sums[:, 1] > 0
+        return np.divide(sums[:, 0], sums[:, 1], out=np.full(self.samples, np.nan), where=positive)
+
+    @staticmethod
+    def _estimate(value: float, resampled: Array) -> Estimate:
+        defined = resampled[~np.isnan(resampled)]
+        if defined.size == 0:
+            raise ValueError("no resample has a positive denominator: too few sentences differ from the base")
+        low, high = np.percentile(defined, [2.5, 97.5])
+        return Estimate(float(value), float(low), float(high), int(defined.size))

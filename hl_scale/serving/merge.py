@@ -1,0 +1,262 @@
+"""Merge a generated adapter into a 16-bit checkpoint that any engine serves without knowing about adapters.
+
+The base is the dequantised 4-bit base, W = dequantise(NF4), because that is what the adapter was trained on; merging into
+the original 16-bit weights would add the quantisation error back, re-quantising the merged weights can erase the adapter.
+W + s B A is computed in float32 and rounded once. Tensors are streamed: memory is the 4-bit model plus one tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from hl_scale.base.adapted import AdaptedModel
+from hl_scale.lora import LoraFactors
+from hl_scale.serving.export import ExportError, facts_table, generate_factors, run_provenance, write_json
+from hl_scale.serving.shards import TensorSource, write_sharded
+from hl_scale.serving.staging import PROVENANCE_FILE, check_replaceable, staged_directory
+
+if TYPE_CHECKING:
+    from hl_scale.engine.run import LoadedRun
+
+MergedDtype = Literal["bfloat16", "float16", "float32"]
+
+MAXIMUM_RELATIVE_DIFFERENCE = 0.1
+"""Bound on rms(merged - adapted) / rms(adapted) of the probe outputs. Rounding stays well below it, a wrong merge does not."""
+
+PROBE_TEXTS = (
+    "The committee said on Monday that it would publish the report before the end of the year.",
+    "She don't know nothing about them books, and he been working there since last summer.",
+    "I am not sure whether the film is any good.",
+)
+"""Sentences on which the reloaded checkpoint is compared with the run's own model."""
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """How far the reloaded checkpoint is from the run's model on the probe sentences, in the run's compute dtype.
+
+    ``output`` says what was compared: logits, or the hidden states of an encoder. ``adapter_effect`` is the largest
+    change the adapter itself makes to the same numbers: rounding is harmless as long as it stays far below.
+    """
+
+    output: str
+    max_difference: float
+    relative_difference: float
+    top1_agreement: float | None
+    adapter_effect: float
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """A merged checkpoint on disk: where it is, its weight files and the comparison that let it through."""
+
+    directory: Path
+    files: tuple[str, ...]
+    check: MergeCheck
+
+
+def merge_adapter(
+    run: LoadedRun,
+    condition: str,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: MergedDtype = "bfloat16",
+    max_shard_bytes: int = 5 * 10**9,
+    force: bool = False,
+    progress: bool = True,
+) -> MergedCheckpoint:
+    """Write base + adapter of one condition as a transformers checkpoint.
+
+    Args:
+        run: the trained hypernetwork with its base.
+        condition: "dialect:Nigerian English", "standard" or "features:FILE.json".
+        directory: where to write; must not exist unless ``force``. Appears whole or not at all, and only after
+            transformers has loaded it and its outputs were compared with the run's.
+        dtype: type of the merged weights.
+        max_shard_bytes: bound on a weight file.
+        force: replace a directory that hl_scale wrote earlier.
+        progress: show a progress bar.
+
+    Returns:
+        The checkpoint and its check.
+
+    Raises:
+        ExportError: a weight leaves the range of ``dtype``, or the reloaded model does not reproduce the run's.
+        ValueError: an unknown condition, or a directory in the way.
+    """
+    check_replaceable(directory, force=force)
+    parsed, factors = generate_factors(run, condition)
+    target_dtype = getattr(torch, dtype)
+    sources = merged_tensors(run.base, factors, target_dtype)
+    with staged_directory(directory, force=force) as staging:
+        with _progress_bar(sum(source.nbytes for source in sources), progress) as advance:
+            files = write_sharded(staging, sources, max_shard_bytes, advance)
+        _write_configuration(run.base, staging, target_dtype)
+        check = check_merged(run.base, factors, staging)
+        facts = {**run_provenance(run, parsed), "dtype": dtype, "scale": factors.scale, "check": asdict(check)}
+        write_json(staging / PROVENANCE_FILE, facts)
+        (staging / "README.md").write_text(_model_card(facts, check), encoding="utf-8")
+    return MergedCheckpoint(Path(directory), tuple(files), check)
+
+
+def merged_tensors(base: AdaptedModel, factors: LoraFactors, dtype: torch.dtype) -> list[TensorSource]:
+    """Every tensor of the merged checkpoint under its transformers name; tied tensors once.
+
+    Args:
+        base: the adapted model; its weights must be whole on this process.
+        factors: E = 1.
+        dtype: of floating-point tensors.
+    """
+    linears = base.linears
+    scaled = {slot.path: (factors.a[slot.path][0], factors.b[slot.path][0]) for slot in factors.slots}
+    sources: list[TensorSource] = []
+    done: set[int] = set()
+    for path, module in base.model.named_modules():
+        prefix = f"{path}." if path else ""
+        if path in linears:
+            shape = (linears[path].out_features, linears[path].in_features)
+            name = f"{prefix}weight"
+            produce = _merged_weight(linears[path], scaled.get(path), factors.scale, dtype, name)
+            sources.append(TensorSource(name, shape, dtype, produce))
+        for attribute, tensor in _own_tensors(module, is_linear=path in linears):
+            if id(tensor) in done or tensor.device.type == "meta":
+                continue
+            done.add(id(tensor))
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            name = f"{prefix}{attribute}"
+            sources.append(TensorSource(name, tuple(tensor.shape), target, _cast(tensor, target, name)))
+    return sources
+
+
+def check_merged(base: AdaptedModel, factors: LoraFactors, directory: Path) -> MergeCheck:
+    """Load a merged checkpoint with transformers and compare it with the run's model on `PROBE_TEXTS`.
+
+    Raises:
+        ExportError: tensors are missing or left over, or the outputs differ by more than rounding.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    parameter = next(parameter for parameter in base.model.parameters() if parameter.is_floating_point())
+    loader = AutoModelForCausalLM if base.has_head else AutoModel
+    merged, info = loader.from_pretrained(directory, dtype=parameter.dtype, output_loading_info=True)
+    held = {name for name, tensor in base.model.named_parameters() if tensor.device.type != "meta"}
+    held |= {f"{path}.weight" for path in base.linears}
+    # What the run's base does not hold either, such as an encoder's unused pooler, cannot be missed.
+    missing = sorted(held.intersection(info["missing_keys"]))
+    if missing or info["unexpected_keys"]:
+        raise ExportError(
+            f"transformers does not recognise the merged checkpoint: missing {missing[:3]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:3]}; nothing was written"
+        )
+    encoded = base.tokenizer(list(PROBE_TEXTS), padding=True, padding_side="right", return_tensors="pt")
+    inputs = {key: encoded[key].to(parameter.device) for key in ("input_ids", "attention_mask")}
+    run_forward = base.logits if base.has_head else base.hidden_states
+    merged = merged.to(parameter.device).eval()
+    keep = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = run_forward(**inputs, factors=factors)[keep].float()
+        bare = run_forward(**inputs, factors=None)[keep].float()
+        found = merged(**inputs)
+        found = (found.logits if base.has_head else found.last_hidden_state)[keep].float()
+    difference = found - expected
+    check = MergeCheck(
+        output="logits" if base.has_head else "hidden states",
+        max_difference=difference.abs().max().item(),
+        relative_difference=(difference.square().mean() / expected.square().mean()).sqrt().item(),
+        top1_agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item() if base.has_head else None,
+        adapter_effect=(bare - expected).abs().max().item(),
+    )
+    if not check.relative_difference <= MAXIMUM_RELATIVE_DIFFERENCE:
+        raise ExportError(
+            f"the merged checkpoint does not reproduce the run: {check.output} differ by up to "
+            f"{check.max_difference:.3g} ({check.relative_difference:.1%} rms, at most "
+            f"{MAXIMUM_RELATIVE_DIFFERENCE:.0%} is rounding); nothing was written"
+        )
+    return check
+
+
+def _own_tensors(module: nn.Module, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
+    """The module's own parameters and persistent buffers; of an adaptable linear only the bias."""
+    if is_linear:
+        if isinstance(module.bias, Tensor):
+            yield "bias", module.bias
+        return
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _merged_weight(
+    linear: Any, factors: tuple[Tensor, Tensor] | None, scale: float, dtype: torch.dtype, name: str
+) -> Callable[[], Tensor]:
+    def produce() -> Tensor:
+        weight = linear.dense_weight(torch.float32)
+        if factors is not None:
+            a, b = factors
+            weight = torch.addmm(weight, b.float(), a.float(), alpha=scale)
+        return _in_range(weight.to(dtype), name)
+
+    return produce
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
+    return lambda: _in_range(tensor.detach().to(dtype), name)
+
+
+def _in_range(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ExportError(
+            f"{name} holds NaN or infinity as {tensor.dtype}; nothing was written\n"
+            "  fix: merge in bfloat16, whose range is that of float32; if it is still there, use an earlier checkpoint"
+        )
+    return tensor
+
+
+def _write_configuration(base: AdaptedModel, directory: Path, dtype: torch.dtype) -> None:
+    """config.json without quantisation, generation_config.json and the tokenizer."""
+    config = copy.deepcopy(base.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    config.architectures = [type(base.model).__name__]
+    config.save_pretrained(directory)
+    generation = getattr(base.model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
+
+
+def _model_card(facts: dict[str, Any], check: MergeCheck) -> str:
+    agreement = "" if check.top1_agreement is None else f", same first token at {check.top1_agreement:.1%} of positions"
+    return f"""---
+library_name: transformers
+tags: [hypernetwork, merged-lora, hl_scale]
+---
+
+# {facts["base_model"]} merged with the adapter for {facts["condition"]}
+
+{facts["dtype"]} weights: the dequantised base that the adapter was trained on, plus the adapter, rounded once. On the
+probe sentences the {check.output} differ from the unmerged model's by at most {check.max_difference:.3g}{agreement}; the
+adapter itself moves them by up to {check.adapter_effect:.3g}. The licence is that of the base model.
+
+{facts_table(facts)}
+"""
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("merging", total=total)
+        yield lambda done: bar.update(task, advance=done)

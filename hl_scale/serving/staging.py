@@ -1,0 +1,91 @@
+"""Output directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROVENANCE_FILE = "hl_provenance.json"
+"""Present in every directory written here; only a directory that holds it is ever replaced."""
+
+
+class OutputError(ValueError):
+    """An output directory that cannot be written as asked."""
+
+
+@contextmanager
+def staged_directory(target: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """A hidden sibling directory that is renamed to ``target`` when the block ends without an exception.
+
+    Files are flushed to disk before the rename. If the block raises, the sibling is removed and an existing ``target``
+    stays as it was.
+
+    Args:
+        target: the directory to create; its parent is created where missing.
+        force: replace an existing directory, provided it was written by hl_scale.
+
+    Raises:
+        OutputError: ``target`` exists and may not be replaced. Raised before the block runs.
+    """
+    target = Path(os.path.abspath(target))
+    check_replaceable(target, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        _flush(staging)
+        _commit(staging, target, force=force)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_replaceable(target: str | os.PathLike[str], *, force: bool) -> None:
+    """Raise `OutputError` unless ``target`` is free, or may be replaced."""
+    target = Path(target)
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError(f"{target} exists already\n  fix: choose another directory, or ask for it to be replaced")
+    if target.is_symlink() or not (target / PROVENANCE_FILE).is_file():
+        raise OutputError(
+            f"{target} was not written by hl_scale (it has no {PROVENANCE_FILE}), so it is not replaced\n"
+            "  fix: choose another directory, or remove this one yourself"
+        )
+
+
+def _commit(staging: Path, target: Path, *, force: bool) -> None:
+    check_replaceable(target, force=force)
+    if not target.exists():
+        os.rename(staging, target)
+        _flush_entry(target.parent)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".old", dir=target.parent))
+    try:
+        os.rename(target, retired / target.name)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            os.rename(retired / target.name, target)
+            raise
+        _flush_entry(target.parent)
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _flush(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        _flush_entry(path)
+    _flush_entry(directory)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

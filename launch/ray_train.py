@@ -1,0 +1,34 @@
+"""Train on a Ray cluster (or on this machine, where no cluster is named by RAY_ADDRESS):
+
+ray job submit --working-dir . -- python launch/ray_train.py --config configs/hyperlora_mistral7b_zero3.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    arguments = parser.parse_args()
+
+    from hl_scale.cluster.ray_train import train_on_ray
+    from hl_scale.config import ConfigError, load_config
+
+    try:
+        metrics = train_on_ray(load_config(arguments.config, arguments.overrides))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"done: step {metrics.get('step')}, loss {metrics.get('loss'):.4f}, {metrics.get('checkpoint')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
