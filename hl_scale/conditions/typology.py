@@ -1,13 +1,13 @@
 """eWAVE: what an English variety is, as 235 numbers.
 
-The electronic World Atlas of Varieties of English (Kortmann, Lunkenheimer and Ehret, 2020; https://ewave-atlas.org, CC BY 3.0)
-lists 235 morphosyntactic features and grades each of them per variety: A "pervasive", B "neither pervasive nor rare",
-C "rare", else absent. As in Multi-VALUE and HyperLoRA the grades become 1.0, 0.6 and 0.3, and a variety is the vector of its
-grades; Standard American English, which every transformation starts from, is the zero vector.
+The electronic World Atlas of Varieties of English (Kortmann, Lunkenheimer and Ehret, 2020; https://ewave-atlas.org,
+CC BY 3.0) lists 235 morphosyntactic features and grades each of them per variety: A "pervasive", B "neither pervasive
+nor rare", C "rare", else absent. As in Multi-VALUE and HyperLoRA the grades become 1.0, 0.6 and 0.3, and a variety is
+the vector of its grades; Standard American English, which every transformation starts from, is the zero vector.
 
-The tables are read from the installed `value-nlp` package (import name `multivalue`) without importing it, because its
-`__init__` downloads models. Row 0 of its attestation table is always zero and is dropped: feature id i (1-based, as eWAVE
-counts) is element i - 1 of a vector.
+The tables are read from the installed `value-nlp` package (import name `multivalue`) without importing it, because
+its `__init__` downloads models. Row 0 of its attestation table is always zero and is dropped: feature id i (1-based,
+as eWAVE counts) is element i - 1 of a vector.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def resolve(name: str) -> str:
     closest = list(dict.fromkeys(_names()[key] for key in near))[:3] or list(varieties()[:3])
     raise UnknownVarietyError(
         f"unknown variety {name!r}\n  closest: {'; '.join(closest)}\n"
-        f"  fix: use one of eWAVE's {len(varieties())} varieties with data, its abbreviation (AppE, HKE, ...), or 'standard'"
+        f"  fix: use one of eWAVE's {len(varieties())} varieties, an abbreviation (AppE, HKE, ...), or 'standard'"
     )
 
 
@@ -198,9 +198,10 @@ def coverage(
     Args:
         target_vector: (235,) attestation values.
         training_vectors: (K, 235) attestation values of what was trained on.
-        weighting: `binary` counts each attested feature once; `attestation` weighs it by the target's value; `implementable`
-            counts once, and only features that Multi-VALUE can realise in text. The HyperLoRA paper names a coverage without
-            a formula that could be checked, so none of the three is claimed to be the paper's.
+        weighting: `binary` counts each attested feature once; `attestation` weighs it by the target's value;
+        `implementable`
+            counts once, and only features that Multi-VALUE can realise in text. The HyperLoRA paper names a coverage
+            without a formula that could be checked, so none of the three is claimed to be the paper's.
 
     Returns:
         A share in [0, 1]; 1.0 for a target without (counted) features, of which nothing is uncovered.
@@ -209,7 +210,7 @@ def coverage(
     training = np.asarray(training_vectors, dtype=np.float32)
     if training.ndim != 2 or training.shape[1] != NUM_FEATURES:
         raise ConditionError(
-            f"training_vectors has shape {training.shape}; expected (K, {NUM_FEATURES})\n  fix: stack one vector per row"
+            f"training_vectors has shape {training.shape}; expected (K, {NUM_FEATURES})\n  fix: stack a vector per row"
         )
     weights = (target > 0).astype(np.float64)
     if weighting == "attestation":

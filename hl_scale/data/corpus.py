@@ -1,8 +1,8 @@
 """The parallel corpus: Standard English sentences beside their dialect forms, prepared once, read back verified.
 
-`prepare_corpus` splits by sentence before anything else, has the rows transformed by Ray Data (`generation.py`), and writes
-Parquet shards with a manifest: seeds, splits, hashes, what each variety changed, which rules fired, which cannot fire here, and
-which rows failed and why. `load_corpus` checks the hashes and hands out pairs.
+`prepare_corpus` splits by sentence before anything else, has the rows transformed by Ray Data (`generation.py`), and
+writes Parquet shards with a manifest: seeds, splits, hashes, what each variety changed, which rules fired, which
+cannot fire here, and which rows failed and why. `load_corpus` checks the hashes and hands out pairs.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ _NOT_IN_FINGERPRINT = {"directory", "num_workers", "maximum_tokens", "sources"}
 class Pair:
     """A Standard English sentence and its dialect form.
 
-    `variety` is `virtual`, `standard` (an identity pair) or a full eWAVE name; `vector` (235,) float32 is the condition;
-    `rules` are the rules that changed the text. `pair_id` is the row's number in the plan, with gaps where rows failed.
+    `variety` is `virtual`, `standard` (an identity pair) or a full eWAVE name; `vector` (235,) float32 is the
+    condition; `rules` are the rules that changed the text. `pair_id` is the row's number in the plan, with gaps where
+    rows failed.
     """
 
     pair_id: int
@@ -106,7 +107,7 @@ class Corpus:
 
     @property
     def heldout_varieties(self) -> tuple[str, ...]:
-        """Full names of the varieties with held-out pairs, in the order of the configuration (`standard` is implied)."""
+        """Full names of the varieties with held-out pairs, in the configuration's order (`standard` is implied)."""
         return tuple(self.manifest["evaluation_varieties"])
 
     def heldout(self, variety: str) -> list[Pair]:
@@ -159,7 +160,7 @@ def load_corpus(directory: str | Path) -> Corpus:
 
 
 def prepare_corpus(data: DataConfig, *, force: bool = False) -> PreparedCorpus:
-    """Build the corpus of a configuration, or keep the one that is there if it was built from the same settings and data.
+    """Build the corpus of a configuration, or keep the one there if it was built from the same settings and data.
 
     Args:
         data: the `data` section.
@@ -169,7 +170,8 @@ def prepare_corpus(data: DataConfig, *, force: bool = False) -> PreparedCorpus:
         SentenceError: sources cannot be read or hold too few sentences.
         UnknownVarietyError: a variety that eWAVE does not know.
         ResourceError: the dialect engine cannot run here.
-        CorpusError: the folder holds something else, a worker failed, or no row came out. An existing corpus then stays as it was.
+        CorpusError: the folder holds something else, a worker failed, or no row came out. An existing corpus then
+        stays as it was.
     """
     directory = Path(data.directory)
     plan = RowPlan.from_config(data)
@@ -219,7 +221,7 @@ def _split(sentences: tuple[Sentence, ...]) -> dict[str, Any]:
 
 
 def _intact(directory: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of an undamaged corpus with this fingerprint, else None and a log line that says why it is rebuilt."""
+    """The manifest of an undamaged corpus with this fingerprint; else None, and a log line says why."""
     if not directory.exists():
         return None
     try:

@@ -1,12 +1,12 @@
 """Multi-VALUE as an engine: Standard English in, dialect text out, for any vector of eWAVE attestation values.
 
-`DialectEngine` loads spaCy, CMUdict and WordNet once per process and is then re-targeted to any vector at no cost, so one engine
-serves random feature mixtures. A transformation depends on (text, vector, seed) and on nothing else: Multi-VALUE's calls of
-Python's global `random` are routed to a generator of the engine, seeded per sentence, whose `sample` sorts what it draws from
-(rules pass it sets, whose order changes with PYTHONHASHSEED).
+`DialectEngine` loads spaCy, CMUdict and WordNet once per process and is then re-targeted to any vector at no cost, so
+one engine serves random feature mixtures. A transformation depends on (text, vector, seed) and on nothing else:
+Multi-VALUE's calls of Python's global `random` are routed to a generator of the engine, seeded per sentence, whose
+`sample` sorts what it draws from (rules pass it sets, whose order changes with PYTHONHASHSEED).
 
-What Multi-VALUE lacks data for is named, not skipped in silence: `unavailable_rules` says which rules cannot fire and why.
-The coreference model (stanza) is never used, so that every machine writes the same corpus.
+What Multi-VALUE lacks data for is named, not skipped in silence: `unavailable_rules` says which rules cannot fire and
+why. The coreference model (stanza) is never used, so that every machine writes the same corpus.
 
 Source: Ziems et al., "Multi-VALUE: A Framework for Cross-Dialectal English NLP", ACL 2023.
 """
@@ -23,6 +23,7 @@ import random
 import sys
 import types
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,9 +39,20 @@ SURFACE_RULE = "surface_contract"
 """Name given to Multi-VALUE's unconditional contractions ("have to" -> "gotta"), which belong to no feature."""
 
 _PARSES_KEPT = 64
+ENGINE_VERSION = "1"
+"""Raised whenever this module changes what a transformation returns; part of a corpus's fingerprint."""
+
 _COREFERENCE_REASON = "coreference is switched off (its stanza model must be downloaded)"
 _COREFERENCE_EXCEPTION = "it_is_non_referential"
 """Reads coreference only to leave referential "it is" out: without it, it fires on every "it is"."""
+
+# Rules that record their edits under another rule's name. Unless that one is attested too, Multi-VALUE 0.3 then raises
+# KeyError in its counter, and would express the edit with probability 1.
+_RECORDED_AS = {
+    "present_perfect_ever": "present_for_exp_perfect",
+    "regularized_reflexives_aave": "regularized_reflexives",
+    "regularized_reflexives_object_pronouns": "regularized_reflexives",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ class DialectEngine:
 
         Args:
             text: a Standard English sentence.
-            vector: (235,) attestation values: the probability that each feature is expressed where it applies. The zero vector
+            vector: (235,) attestation values: the probability that each feature is expressed where it applies. The
+            zero vector
                 is Standard English itself and returns the text untouched.
             seed: of the draws; the same (text, vector, seed) gives the same result in any process.
 
@@ -137,7 +150,7 @@ def engine_versions(resources: Mapping[str, Resource]) -> dict[str, str]:
     """Versions of what decides a transformation's result (distribution name -> version)."""
     model = resources["spacy_model"].detail.splitlines()[0]
     names = ["value-nlp", "spacy", model, "lemminflect", "inflect", "nltk"]
-    versions = {}
+    versions = {"hl_scale dialect engine": ENGINE_VERSION}
     for name in names:
         try:
             versions[name] = metadata.version(name)
@@ -208,6 +221,16 @@ def _build(resources: Mapping[str, Resource], nltk_data: str, generator: _Seeded
     class Engine(dialects.DialectFromVector):  # type: ignore[misc, name-defined]
         def create_coref_cluster(self, string: str) -> None:
             return None
+
+        def clear(self) -> None:
+            super().clear()
+            self.modification_counter: Counter[str] = Counter()
+
+        def decide_filter_rules(self) -> Any:
+            for rule, name in _RECORDED_AS.items():
+                if rule in self.morphosyntax_transforms and name in self.rules:
+                    self.morphosyntax_transforms.setdefault(name, self.morphosyntax_transforms[rule])
+            return super().decide_filter_rules()
 
     return Engine(vector=[0.0] * (typology.NUM_FEATURES + 1))
 

@@ -1,7 +1,7 @@
 """From sentences to corpus rows: which rows a sentence gets, and Ray Data actors that transform them.
 
-Every draw comes from a hash of (data seed, sentence text, variety, copy number), never from a shared stream, so a row is the same
-on any number of workers, in any order, and in a corpus of another size.
+Every draw comes from a hash of (data seed, sentence text, variety, copy number), never from a shared stream, so a row
+is the same on any number of workers, in any order, and in a corpus of another size.
 """
 
 from __future__ import annotations
@@ -127,8 +127,11 @@ class RowPlan:
         ]
 
     def mixture(self, text: str, copy: int) -> npt.NDArray[np.float32]:
-        """A random condition (235,): its density is uniform between `densities`; every feature that Multi-VALUE has a rule for
-        is present with that probability and then takes 0.3, 0.6 or 1.0 with equal probability."""
+        """A random condition (235,), the `copy`-th of a sentence.
+
+        Its density is uniform between `densities`; every feature that Multi-VALUE has a rule for is present with that
+        probability and then takes 0.3, 0.6 or 1.0 with equal probability.
+        """
         draw = random.Random(counter(self.seed, "mixture", text, copy)).random
         low, high = self.densities
         density = low + (high - low) * draw()
@@ -166,7 +169,9 @@ def transform_sentences(
     import ray
     import ray.data
 
-    with _ray_session(num_workers):
+    with _ray_session(num_workers) as local:
+        # A local Ray dies with this process, so its actors need no restarts, of which Ray's core would warn.
+        remote_arguments = (lambda: {"max_restarts": 0}) if local else None
         try:
             rows = ray.data.from_arrow(
                 sentences, override_num_blocks=max(1, -(-sentences.num_rows // _SENTENCES_PER_BLOCK))
@@ -177,6 +182,7 @@ def transform_sentences(
                 batch_size=_SENTENCES_PER_BLOCK,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_workers, initial_size=num_workers),
                 num_cpus=1,
+                ray_remote_args_fn=remote_arguments,
             )
             yield from rows.iter_batches(batch_format="pyarrow", batch_size=None)
         except ray.exceptions.RayError as error:
@@ -224,24 +230,19 @@ class DialectActor:
 
 
 @contextlib.contextmanager
-def _ray_session(num_workers: int) -> Iterator[None]:
-    """Use the Ray that is there (initialised, or named by RAY_ADDRESS as inside a job), else a local one, stopped afterwards."""
+def _ray_session(num_workers: int) -> Iterator[bool]:
+    """Use the Ray that is there (initialised, or named by RAY_ADDRESS as in a job), else a local one; yields whether local."""
     import ray
     import ray.data
 
     started = not ray.is_initialized()
+    local = started and not os.environ.get("RAY_ADDRESS")
     if started:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(num_workers, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-                **quiet,
-            )
+        if local:
+            quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+            quiet |= {"num_cpus": max(num_workers, os.cpu_count() or 1)}
+        ray.init(**quiet)
     context = ray.data.DataContext.get_current()
     before = (context.execution_options.preserve_order, context.enable_progress_bars)
     logger = logging.getLogger("ray.data")
@@ -250,7 +251,7 @@ def _ray_session(num_workers: int) -> Iterator[None]:
     context.enable_progress_bars = False
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        yield local
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before
         logger.setLevel(level)

@@ -7,7 +7,8 @@
 * WordNet as an NLTK corpus: from NLTK's data folders, Debian's `wordnet-base`, or NLTK's downloader;
 * the source archive of vaderSentiment 3.3.2, whose scored sentences are the demo corpus (hash pinned).
 
-The folder is ``.cache/resources`` unless ``HL_SCALE_RESOURCES`` says otherwise. ``python -m hl_scale.data.resources`` fills it.
+The folder is ``.cache/resources`` unless ``HL_SCALE_RESOURCES`` says otherwise. ``python -m hl_scale.data.resources``
+fills it.
 """
 
 from __future__ import annotations
@@ -38,10 +39,18 @@ _WORDNET_FILES = tuple(
     ["cntlist.rev", "lexnames", "index.sense"]
     + [f"{kind}.{part}" for kind in ("index", "data") for part in ("adj", "adv", "noun", "verb")]
     + [f"{part}.exc" for part in ("adj", "adv", "noun", "verb")]
+)  # The lexicographer files of WordNet 3.0 in the order of their numbers (lexnames(5WN)); Debian leaves the file out.
+_LEXICOGRAPHER_FILES = (
+    *("adj.all", "adj.pert", "adv.all", "noun.Tops", "noun.act", "noun.animal", "noun.artifact", "noun.attribute"),
+    *("noun.body", "noun.cognition", "noun.communication", "noun.event", "noun.feeling", "noun.food", "noun.group"),
+    *("noun.location", "noun.motive", "noun.object", "noun.person", "noun.phenomenon", "noun.plant"),
+    *("noun.possession", "noun.process", "noun.quantity", "noun.relation", "noun.shape", "noun.state"),
+    *("noun.substance", "noun.time", "verb.body", "verb.change", "verb.cognition", "verb.communication"),
+    *("verb.competition", "verb.consumption", "verb.contact", "verb.creation", "verb.emotion", "verb.motion"),
+    *("verb.perception", "verb.possession", "verb.social", "verb.stative", "verb.weather", "adj.ppl"),
 )
-# The lexicographer files of WordNet 3.0 in the order of their numbers (lexnames(5WN)); Debian leaves the file out.
-_LEXICOGRAPHER_FILES = ["adj.all", "adj.pert", "adv.all", "noun.Tops", "noun.act", "noun.animal", "noun.artifact", "noun.attribute", "noun.body", "noun.cognition", "noun.communication", "noun.event", "noun.feeling", "noun.food", "noun.group", "noun.location", "noun.motive", "noun.object", "noun.person", "noun.phenomenon", "noun.plant", "noun.possession", "noun.process", "noun.quantity", "noun.relation", "noun.shape", "noun.state", "noun.substance", "noun.time", "verb.body", "verb.change", "verb.cognition", "verb.communication", "verb.competition", "verb.consumption", "verb.contact", "verb.creation", "verb.emotion", "verb.motion", "verb.perception", "verb.possession", "verb.social", "verb.stative", "verb.weather", "adj.ppl"]
 _PART_OF_SPEECH_NUMBER = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+_DEBIAN_WORDNET = Path("/usr/share/wordnet")
 _COMMAND_TIMEOUT = 300
 
 
@@ -51,7 +60,7 @@ class ResourceError(ValueError):
 
 @dataclass(frozen=True)
 class Resource:
-    """One thing looked for: `detail` is where it was found or why it was not, `required` if nothing works without it."""
+    """One thing looked for: `detail` is where it is or why it is missing, `required` if nothing works without it."""
 
     name: str
     available: bool
@@ -77,8 +86,8 @@ def ensure_resources(directory: str | os.PathLike[str] | None = None, *, downloa
         download: allow network access.
 
     Returns:
-        `multivalue`, `spacy_model`, `cmudict` and `wordnet`, each with where it is or why it is not available. Nothing is
-        raised: the engine refuses to start without a required one and names the rules that lack another.
+        `multivalue`, `spacy_model`, `cmudict` and `wordnet`, each with where it is or why it is not available.
+        Nothing is raised: the engine refuses to start without a required one and names the rules that lack another.
     """
     cache = resource_directory(directory)
     checks: dict[str, tuple[bool, Callable[[], str]]] = {
@@ -174,7 +183,7 @@ def _ensure_wordnet(cache: Path, download: bool) -> Path:
     present = _wordnet_of_nltk()
     if present is not None:
         return present
-    sources: list[tuple[str, Callable[[Path], Path]]] = [("/usr/share/wordnet", lambda _: Path("/usr/share/wordnet"))]
+    sources: list[tuple[str, Callable[[Path], Path]]] = [(str(_DEBIAN_WORDNET), lambda _: _DEBIAN_WORDNET)]
     if download:
         sources += [("Debian's wordnet-base", _wordnet_from_debian), ("NLTK's downloader", _wordnet_from_nltk)]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +220,7 @@ def _wordnet_of_nltk() -> Path | None:
 
 
 def _wordnet_from_debian(temporary: Path) -> Path:
-    """Download and unpack `wordnet-base` without installing it; package lists are fetched privately if there are none."""
+    """Download and unpack `wordnet-base` without installing it; without package lists, fetch them privately."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise ResourceError(f"{tool} is not on this machine")
@@ -228,7 +237,7 @@ def _wordnet_from_debian(temporary: Path) -> Path:
     if archive is None:
         raise ResourceError("apt-get download left no wordnet-base archive")
     _run(["dpkg-deb", "-x", str(archive), str(temporary / "debian")])
-    return temporary / "debian" / "usr" / "share" / "wordnet"
+    return temporary / "debian" / _DEBIAN_WORDNET.relative_to("/")
 
 
 def _wordnet_from_nltk(temporary: Path) -> Path:

@@ -1,8 +1,8 @@
 """Standard English sentences from files, the hub, or the demo archive: cleaned, deduplicated, in an order of their own.
 
-Every sentence gets a place in a pseudo-random order that depends on the seed and on its text alone, never on file names,
-file order or which other sentences there are. Subsampling and the split into held-out and training sentences take prefixes
-of that order, so they are reproducible and a larger corpus contains the smaller one.
+Every sentence gets a place in a pseudo-random order that depends on the seed and on its text alone, never on file
+names, file order or which other sentences there are. Subsampling and the split into held-out and training sentences
+take prefixes of that order, so they are reproducible and a larger corpus contains the smaller one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class SentencePool:
-    """The split, made before anything else, and a fingerprint of each source (description, counts, sha256 of its texts)."""
+    """The split, made before anything else, and a fingerprint of each source (description, count, sha256)."""
 
     heldout: tuple[Sentence, ...]
     training: tuple[Sentence, ...]
@@ -55,7 +55,8 @@ def load_sentences(data: DataConfig) -> SentencePool:
     """Read all sources of `data`, pool them, and set the held-out sentences apart.
 
     Returns:
-        `heldout_sentences` and then `training_sentences` sentences from the head of the pooled order; sentence ids count on.
+        `heldout_sentences` and then `training_sentences` sentences from the head of the pooled order; sentence ids
+        count on.
 
     Raises:
         SentenceError: a source cannot be read or is empty, or there are fewer sentences than asked for.
@@ -77,9 +78,9 @@ def load_sentences(data: DataConfig) -> SentencePool:
     if len(pooled) < wanted:
         counts = "\n".join(f"    {entry['sentences']:>8} {entry['description']}" for entry in fingerprints)
         raise SentenceError(
-            f"data: {wanted} sentences are asked for ({data.training_sentences} training + {data.heldout_sentences} held out), "
+            f"data: {data.training_sentences} training + {data.heldout_sentences} held-out sentences are asked for, "
             f"{len(pooled)} distinct ones are there after filtering\n{counts}\n"
-            "  fix: lower data.training_sentences or data.heldout_sentences, raise a source's limit, add a source, or widen "
+            "  fix: lower data.training_sentences or data.heldout_sentences, raise a limit, add a source, or widen "
             f"data.minimum_words..maximum_words (now {data.minimum_words}..{data.maximum_words})"
         )
     order = in_order(pooled, data.seed)[:wanted]
@@ -202,9 +203,8 @@ def _read_hub(source: SentenceSource) -> Iterator[str]:
             "  fix: check path, name, split and revision, that the hub can be reached, or point path at local files"
         ) from None
     if source.column not in rows.column_names:
-        raise SentenceError(
-            f"{describe(source)} has no such column\n  there: {', '.join(rows.column_names)}\n  fix: set the source's column"
-        )
+        there = ", ".join(rows.column_names)
+        raise SentenceError(f"{describe(source)}: no such column\n  there: {there}\n  fix: set the source's column")
     return (_as_text(value, describe(source)) for value in rows[source.column])
 
 

@@ -1,7 +1,7 @@
-"""The corpus on disk: Parquet shards (zstd), a manifest with their sha256 written last, and a folder swapped into place.
+"""The corpus on disk: Parquet shards (zstd), a manifest with their sha256 written last, a folder swapped into place.
 
-A folder is a corpus when `manifest.json` is in it and every file it lists has the listed size and hash. Nothing else is ever
-read, and a folder that is not a corpus is never replaced.
+A folder is a corpus when `manifest.json` is in it and every file it lists has the listed size and hash. Nothing else
+is ever read, and a folder that is not a corpus is never replaced.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise CorpusError(
-            f"{target} exists and is not a corpus; it is left alone\n  fix: point data.directory at a new or empty folder"
+            f"{target} exists and is not a corpus; it is left alone\n  fix: set data.directory to a new or empty folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))

@@ -74,7 +74,7 @@ def train(
     base = load_base(config.base, config.lora, world.device)
     objective = AlignmentObjective(config.objective)
     lengths = token_lengths(base, corpus.train, config.data.maximum_tokens)
-    targets = TargetCache(Path(config.data.directory) / "targets", base, objective)
+    targets = TargetCache(Path(f"{config.data.directory}-targets"), base, objective)
     targets.prepare([pair.standard for pair in corpus.train], world, _report_targets if world.is_main else None)
 
     torch.manual_seed(config.run.seed)

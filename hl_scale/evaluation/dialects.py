@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hl_scale.conditions import typology
+from hl_scale.engine.run import LoadedRun, environment, write_text
 from hl_scale.evaluation import provenance, summaries
 from hl_scale.evaluation.controls import CONTROLS, OWN, PLAIN, TrainingConditions, condition_vectors, wrong_variety
 from hl_scale.evaluation.measurement import (
@@ -40,7 +41,6 @@ from hl_scale.objectives.alignment import AlignmentObjective
 
 if TYPE_CHECKING:
     from hl_scale.data.corpus import Corpus, Pair
-    from hl_scale.engine.run import LoadedRun
     from hl_scale.lora import LoraFactors
 
 CAVEATS = (
@@ -55,13 +55,12 @@ class _HeldOut:
     """What is evaluated: dialect pairs by variety, and their Standard English sentences, each once and in order of id."""
 
     pairs: dict[str, list[Pair]]
-    sentence_ids: list[int]
+    standard: list[Pair]
     available: int
 
     @property
-    def standard_texts(self) -> list[str]:
-        texts = {pair.sentence_id: pair.standard for pairs in self.pairs.values() for pair in pairs}
-        return [texts[sentence_id] for sentence_id in self.sentence_ids]
+    def sentence_ids(self) -> list[int]:
+        return [pair.sentence_id for pair in self.standard]
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,12 @@ def evaluate_dialects(
     settings = run.config.evaluation
     heldout = _select(corpus, run.config.data.evaluation_varieties, settings.sentences, settings.seed)
     _check_control(run, control)
-    bootstrap = SentenceBootstrap(len(heldout.sentence_ids), samples=settings.bootstrap_samples, seed=settings.seed)
+    bootstrap = SentenceBootstrap(len(heldout.standard), samples=settings.bootstrap_samples, seed=settings.seed)
     with _progress_bar(_passes(heldout, control is not None, run.base.has_head), progress) as advance:
         objective = AlignmentObjective(run.config.objective)
         arm = _Arm(run, Measurer(run.base, objective, settings.batch_size, advance))
         plain = _Arm(control, Measurer(control.base, objective, settings.batch_size, advance)) if control else None
-        tokens = arm.measurer.tokenize(heldout.standard_texts)
+        tokens = arm.measurer.tokenize([pair.standard for pair in heldout.standard])
         standard = _Standard(tokens, arm.measurer.frozen_clouds(tokens))
         training = TrainingConditions.of(corpus.train)
         rows, values = [], []
@@ -127,7 +126,7 @@ def evaluate_dialects(
     result = {
         "evaluation": "dialects",
         "format": 1,
-        "sentences": {"used": len(heldout.sentence_ids), "available": heldout.available},
+        "sentences": {"used": len(heldout.standard), "available": heldout.available},
         "reduced": _reductions(run, heldout),
         "controls": {name: text for name, text in CONTROLS.items() if name != PLAIN or control is not None},
         "dialects": rows,
@@ -147,12 +146,7 @@ def evaluate_dialects(
 def save(result: Mapping[str, Any], run_directory: str | os.PathLike[str]) -> Path:
     """Write ``evaluation.json`` into a run directory, whole or not at all, and return its path."""
     path = Path(run_directory) / "evaluation.json"
-    temporary = path.with_name(f".evaluation.json.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -168,17 +162,17 @@ def _select(corpus: Corpus, varieties: Sequence[str], limit: int | None, seed: i
             f"  it has: {', '.join(corpus.heldout_varieties) or 'none'}\n"
             "  fix: run `hl-scale prepare` with these names in data.evaluation_varieties"
         )
-    pairs = {name: list(corpus.heldout(name)) for name in names}
-    ids = np.array(sorted({pair.sentence_id for chosen in pairs.values() for pair in chosen}))
-    used = ids
-    if limit is not None and limit < len(ids):
-        used = np.sort(np.random.default_rng(seed).choice(ids, size=limit, replace=False))
-    kept = set(used.tolist())
-    pairs = {name: [pair for pair in chosen if pair.sentence_id in kept] for name, chosen in pairs.items()}
+    standard = corpus.heldout(typology.STANDARD)
+    available = len(standard)
+    if limit is not None and limit < available:
+        rows = np.random.default_rng(seed).choice(available, size=limit, replace=False)
+        standard = [standard[row] for row in sorted(rows.tolist())]
+    kept = {pair.sentence_id for pair in standard}
+    pairs = {name: [pair for pair in corpus.heldout(name) if pair.sentence_id in kept] for name in names}
     empty = [name for name, chosen in pairs.items() if not chosen]
     if empty:
         raise EvaluationError(f"no held-out sentence is left for: {', '.join(empty)}\n  fix: raise evaluation.sentences")
-    return _HeldOut(pairs, used.tolist(), len(ids))
+    return _HeldOut(pairs, standard, available)
 
 
 def _check_control(run: LoadedRun, control: LoadedRun | None) -> None:
@@ -292,14 +286,14 @@ def _passes(heldout: _HeldOut, with_control: bool, causal: bool) -> int:
     """Sentences that go through a model, for the progress bar."""
     conditions = 1 + len(CONTROLS) + with_control
     standard = 2 + with_control + (2 + with_control) * causal
-    return conditions * sum(len(pairs) for pairs in heldout.pairs.values()) + standard * len(heldout.sentence_ids)
+    return conditions * sum(len(pairs) for pairs in heldout.pairs.values()) + standard * len(heldout.standard)
 
 
 def _reductions(run: LoadedRun, heldout: _HeldOut) -> list[str]:
     """In what this evaluation is smaller than the run's own recipe; empty for a full one."""
     reductions = []
-    if len(heldout.sentence_ids) < heldout.available:
-        reductions.append(f"{len(heldout.sentence_ids)} of {heldout.available} held-out sentences")
+    if len(heldout.standard) < heldout.available:
+        reductions.append(f"{len(heldout.standard)} of {heldout.available} held-out sentences")
     if run.step < run.config.training.steps:
         reductions.append(f"checkpoint of step {run.step} of {run.config.training.steps}")
     return reductions
@@ -323,11 +317,15 @@ def _provenance(run: LoadedRun, control: LoadedRun | None, corpus: Corpus, devic
     return {
         "run": provenance.describe_run(run),
         "control": provenance.describe_run(control) if control else None,
-        "corpus_sha256": provenance.content_hash(corpus.manifest),
+        "corpus": {
+            "fingerprint": corpus.manifest.get("fingerprint"),
+            "manifest_sha256": provenance.content_hash(corpus.manifest),
+            "rules_unavailable": len(corpus.manifest.get("unavailable_rules", ())),
+        },
         "evaluation": run.config.evaluation.model_dump(mode="json"),
         "objective": run.config.objective.model_dump(mode="json"),
-        "versions": provenance.versions(),
-        "hardware": provenance.hardware(device),
+        "device": str(device),
+        "environment": environment(),
     }
 
 

@@ -6,7 +6,8 @@ better, if the whole interval of the paired difference lies on that side of 0; w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -58,75 +59,109 @@ def render_table(result: Result) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class TextTable:
+    """A table of finished cells with a caption above it."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def to_markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join([f"{self.caption}:", "", *("| " + " | ".join(cells) + " |" for cells in lines)])
+
+
 def markdown_table(result: Result) -> str:
-    """Every number of the result that belongs in a document: five Markdown tables with their legends."""
-    parts = []
-    if result["reduced"]:
-        parts.append(f"**Reduced evaluation**: {'; '.join(result['reduced'])}.")
-    parts += [LEGEND, ratio_markdown(result), "Paired difference of ratios, control minus own vector:"]
-    parts.append(difference_markdown(result))
-    parts.append("Changed sentences (ratio) and unchanged sentences (divergence added, where the base's own is 0):")
-    parts += [changed_markdown(result), *standard_lines(result)]
-    parts += ["Generated updates and token variances (relative to Standard English):", adapter_markdown(result)]
-    parts.append("\n".join(f"- {caveat}" for caveat in result["caveats"]))
+    """Every number of the result that belongs in a document: tables, what Standard English loses, and caveats."""
+    parts = [f"**Reduced evaluation**: {'; '.join(result['reduced'])}."] if result["reduced"] else []
+    parts += [LEGEND, *(table.to_markdown() for table in tables(result))]
+    parts += [*standard_lines(result), "\n".join(f"- {caveat}" for caveat in result["caveats"])]
     return "\n\n".join(parts) + "\n"
 
 
-def ratio_markdown(result: Result) -> str:
-    """Ratios with intervals, one row per dialect and per average."""
+def tables(result: Result) -> list[TextTable]:
+    """Ratios, paired differences, changed and unchanged sentences apart, coverage, generated updates."""
+    return [
+        _ratio_table(result),
+        _difference_table(result),
+        _changed_table(result),
+        _unchanged_table(result),
+        _coverage_table(result),
+        _adapter_table(result),
+    ]
+
+
+def _ratio_table(result: Result) -> TextTable:
+    names = conditions(result)
+    rows = [
+        [f"{row['variety']} ({_seen(row)})", *(_cell(row, name, interval=True) for name in names)]
+        for row in result["dialects"]
+    ]
+    rows += [[label, *(_cell(average, name, interval=True) for name in names)] for label, average in _averages(result)]
+    return TextTable("Divergence ratio adapted / base", ["dialect", *(HEADINGS[name] for name in names)], rows)
+
+
+def _difference_table(result: Result) -> TextTable:
+    names = [name for name in conditions(result) if name != OWN]
+    rows = [
+        [f"{row['variety']} (wrong: {row['wrong']})", *(_signed(row["difference"].get(name)) for name in names)]
+        for row in result["dialects"]
+    ]
+    rows += [
+        [label, *(_signed(average["difference"].get(name)) for name in names)] for label, average in _averages(result)
+    ]
+    caption = "Paired difference of ratios, control minus own vector (positive: the own vector is better)"
+    return TextTable(caption, ["dialect", *(HEADINGS[name] for name in names)], rows)
+
+
+def _changed_table(result: Result) -> TextTable:
     names = conditions(result)
     rows = [
         [
             row["variety"],
-            _seen(row),
-            "{binary:.2f} / {attestation:.2f} / {implementable:.2f}".format(**row["coverage"]),
-            str(row["sentences"]),
-            f"{row['base_divergence']['value']:.3f}",
-            *(_cell(row, name, interval=True) for name in names),
+            f"{row['changed']['sentences']} of {row['sentences']}",
+            *(_cell(row["changed"], name, interval=True) for name in names),
         ]
         for row in result["dialects"]
     ]
-    for label, average in _averages(result):
-        rows.append([f"**{label}**", "", "", "", "", *(_cell(average, name, interval=True) for name in names)])
-    header = ["dialect", "seen", "coverage: binary / attested / implementable", "sentences", "base divergence"]
-    return _markdown([*header, *(HEADINGS[name] for name in names)], rows)
+    caption = "Ratio on the sentences that the dialect changes"
+    return TextTable(caption, ["dialect", "changed", *(HEADINGS[name] for name in names)], rows)
 
 
-def difference_markdown(result: Result) -> str:
-    """Paired differences to the own vector with intervals."""
-    names = [name for name in conditions(result) if name != OWN]
-    rows = []
-    for row in result["dialects"]:
-        wrong = f"{row['variety']} (wrong: {row['wrong']})"
-        rows.append([wrong, *(_signed(row["difference"].get(name)) for name in names)])
-    for label, average in _averages(result):
-        rows.append([f"**{label}**", *(_signed(average["difference"].get(name)) for name in names)])
-    return _markdown(["dialect", *(HEADINGS[name] for name in names)], rows)
-
-
-def changed_markdown(result: Result) -> str:
-    """Changed and unchanged sentences apart."""
+def _unchanged_table(result: Result) -> TextTable:
     names = conditions(result)
-    header = ["dialect", "changed", *(f"{HEADINGS[name]}: ratio" for name in names), "unchanged"]
-    header += [f"{HEADINGS[name]}: added" for name in names]
     rows = []
     for row in result["dialects"]:
-        changed, unchanged = row["changed"], row["unchanged"]
-        cells = [row["variety"], str(changed["sentences"])]
-        cells += [_cell(changed, name, interval=name == OWN) for name in names]
-        cells.append(str(unchanged["sentences"]))
-        added = unchanged["added_divergence"]
-        cells += [f"{added[name]['value']:.3f}" if name in added else "-" for name in names]
-        rows.append(cells)
-    return _markdown(header, rows)
+        added = row["unchanged"]["added_divergence"]
+        cells = [_signed(added.get(name)) for name in names]
+        rows.append([row["variety"], f"{row['unchanged']['sentences']} of {row['sentences']}", *cells])
+    caption = "Divergence added on the sentences that the dialect leaves unchanged (the base's own is 0 there)"
+    return TextTable(caption, ["dialect", "unchanged", *(HEADINGS[name] for name in names)], rows)
 
 
-def adapter_markdown(result: Result) -> str:
-    """Norm of delta W, its cosine to the other dialects' and the token variances, per dialect."""
+def _coverage_table(result: Result) -> TextTable:
+    header = ["dialect", "in training", "binary", "by attestation", "implementable", "sentences", "base divergence"]
+    header.append("share made worse by own")
+    rows = [
+        [
+            row["variety"],
+            _seen(row),
+            *(f"{row['coverage'][weighting]:.2f}" for weighting in ("binary", "attestation", "implementable")),
+            str(row["sentences"]),
+            _interval(row["base_divergence"]),
+            f"{row['share_made_worse']:.2f}",
+        ]
+        for row in result["dialects"]
+    ]
+    return TextTable("Share of the dialect's features that training conditions attest, and the base", header, rows)
+
+
+def _adapter_table(result: Result) -> TextTable:
     adapters = result["adapters"]
     order = adapters["conditions"]
-    header = ["dialect", "norm of delta W", "cosine to the other dialects", "within-sentence variance, own (base)"]
-    header.append("between-sentence variance, own (base)")
+    header = ["dialect", "norm of delta W", "cosine to the other dialects", "variance within sentences, own (base)"]
+    header.append("variance between sentences, own (base)")
     rows = []
     for row in result["dialects"]:
         index = order.index(row["variety"])
@@ -140,7 +175,7 @@ def adapter_markdown(result: Result) -> str:
         variances = [f"{_plain(own[kind])} ({_plain(base[kind])})" for kind in ("within", "between")]
         rows.append([row["variety"], f"{adapters['delta_norm'][index]:.2f}", spread, *variances])
     rows.append(["zero vector", f"{adapters['delta_norm'][order.index('zero')]:.2f}", "", "", ""])
-    return _markdown(header, rows)
+    return TextTable("Generated updates, and token variance relative to Standard English (collapse shows here)", header, rows)
 
 
 def standard_lines(result: Result) -> list[str]:
@@ -200,8 +235,3 @@ def _signed(estimate: Mapping[str, float] | None, digits: int = 3) -> str:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -122,8 +122,8 @@ def sinkhorn_divergence(
         y: (M, D) or (B, M, D), same dtype and device.
         x_mask: (N,) or (B, N) bool, True for points of the cloud; coordinates elsewhere are never used.
         y_mask: (M,) or (B, M) bool.
-        x_weights: (N,) or (B, N), non-negative, summing to 1 over the unmasked points; uniform unless given. Their
-            gradient is not available. A point of weight 0 is not part of the cloud.
+        x_weights: (N,) or (B, N), non-negative, summing to 1 within 1e-4 over the unmasked points (then divided by
+            their sum); uniform unless given. No gradient is available. A point of weight 0 is not part of the cloud.
         y_weights: (M,) or (B, M).
         blur: square root of the regularisation, in units of distance.
         epsilon: regularisation in units of the cost, overrides `blur`; epsilon = blur^2.

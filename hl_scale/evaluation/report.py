@@ -1,0 +1,157 @@
+"""report.html: one self-contained page about a run, readable without a server and without the network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from hl_scale.engine.progress import read_metrics
+from hl_scale.engine.run import write_text
+from hl_scale.evaluation.charts import dialect_chart, to_svg, training_curves
+from hl_scale.evaluation.measurement import EvaluationError
+from hl_scale.evaluation.tables import LEGEND, standard_lines, tables
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }} - hl_scale report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; margin: .5rem 0 1.2rem; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:hover { background: #f5f8fb; }
+img { max-width: 100%; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12.5px; }
+.notice { background: #fff6df; border-left: 4px solid #e0a400; padding: .5rem .8rem; }
+</style>
+</head>
+<body>
+<h1>{{ name }}</h1>
+{% for notice in notices %}<p class="notice">{{ notice }}</p>
+{% endfor %}
+{% if evaluation %}
+<h2>Dialects</h2>
+<p>{{ legend }}</p>
+{% if dialect_chart %}<img alt="Divergence ratio per dialect and condition" src="{{ dialect_chart }}">{% endif %}
+{% for line in standard %}<p>{{ line }}</p>
+{% endfor %}
+{% for table in tables %}
+<div class="scroll"><table>
+<caption>{{ table.caption }}</caption>
+<thead><tr>{% for cell in table.header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+{% endfor %}
+<h2>Conditions</h2>
+<ul>
+<li><b>own vector</b>: the dialect's eWAVE attestation values</li>
+{% for control, text in evaluation.controls.items() %}<li><b>{{ control.replace("_", " ") }}</b>: {{ text }}</li>
+{% endfor %}</ul>
+<h2>What these numbers do not say</h2>
+<ul>{% for caveat in evaluation.caveats %}<li>{{ caveat }}</li>{% endfor %}</ul>
+{% endif %}
+{% if curves %}
+<h2>Training</h2>
+<p>{{ training }}</p>
+<img alt="Loss, learning rate, gradient norm and tokens per second by step" src="{{ curves }}">
+{% endif %}
+{% if evaluation %}
+<h2>Provenance of the evaluation</h2>
+<pre>{{ provenance }}</pre>
+{% endif %}
+<h2>Configuration</h2>
+<pre>{{ configuration }}</pre>
+{% if run_environment %}
+<h2>Environment of the training</h2>
+<pre>{{ run_environment }}</pre>
+{% endif %}
+</body>
+</html>
+"""
+
+
+def write_report(run_directory: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` from config.yaml, metrics.jsonl, environment.json and evaluation.json of a run.
+
+    Args:
+        run_directory: a run directory. What is not there yet (metrics, evaluation) is named on the page as missing.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        EvaluationError: not a run directory, or evaluation.json cannot be read.
+    """
+    directory = Path(run_directory)
+    if not (directory / "config.yaml").is_file():
+        raise EvaluationError(f"{directory} is not a run directory (no config.yaml)\n  fix: pass the directory of a run")
+    metrics = read_metrics(directory / "metrics.jsonl")
+    evaluation = _read_evaluation(directory / "evaluation.json")
+    environment = directory / "environment.json"
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    text = page.render(
+        name=directory.resolve().name,
+        notices=_notices(metrics, evaluation),
+        evaluation=evaluation,
+        legend=LEGEND,
+        dialect_chart=_image(dialect_chart(evaluation)) if evaluation else None,
+        standard=standard_lines(evaluation) if evaluation else [],
+        tables=tables(evaluation) if evaluation else [],
+        provenance=json.dumps(evaluation["provenance"], indent=1) if evaluation else "",
+        curves=_image(training_curves(metrics)) if metrics else None,
+        training=_training_line(metrics) if metrics else "",
+        configuration=(directory / "config.yaml").read_text(encoding="utf-8"),
+        run_environment=environment.read_text(encoding="utf-8") if environment.is_file() else None,
+    )
+    write_text(directory / "report.html", text)
+    return directory / "report.html"
+
+
+def _read_evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise EvaluationError(f"{path} is not valid JSON ({error})\n  fix: run `hl-scale evaluate` again") from None
+    if not isinstance(result, dict) or result.get("evaluation") != "dialects" or result.get("format") != 1:
+        raise EvaluationError(f"{path} is not a dialect evaluation of format 1\n  fix: run `hl-scale evaluate` again")
+    return result
+
+
+def _notices(metrics: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None) -> list[str]:
+    notices = []
+    if evaluation is None:
+        notices.append("This run has not been evaluated yet: run hl-scale evaluate.")
+    elif evaluation["reduced"]:
+        notices.append(f"Reduced evaluation: {'; '.join(evaluation['reduced'])}.")
+    if not metrics:
+        notices.append("There are no training metrics (metrics.jsonl is missing or empty).")
+    return notices
+
+
+def _training_line(metrics: Sequence[Mapping[str, Any]]) -> str:
+    last = metrics[-1]
+    seconds = sum(line.get("seconds", 0.0) for line in metrics)
+    line = f"{last['step']} steps, last loss {last['loss']:.4f}, {seconds / 60:.1f} minutes in the logged steps"
+    skipped = last.get("skipped_steps", 0)
+    return f"{line}, {skipped:.0f} steps skipped because a gradient was not finite." if skipped else f"{line}."
+
+
+def _image(figure: Figure) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure).encode()).decode()

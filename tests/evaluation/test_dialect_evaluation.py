@@ -1,0 +1,255 @@
+"""The dialect evaluation on a tiny model: identities, an independent computation, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import geomloss
+import numpy as np
+import pytest
+import torch
+
+from hl_scale.conditions import typology
+from hl_scale.config import Config
+from hl_scale.data.corpus import Pair
+from hl_scale.evaluation import EvaluationError, evaluate_dialects, save
+from hl_scale.evaluation.controls import CONTROLS, TrainingConditions, condition_vectors, wrong_variety
+from hl_scale.evaluation.measurement import Measurer, cloud_statistics, delta_gram
+from hl_scale.objectives.alignment import AlignmentObjective
+
+ALL = ["own", *CONTROLS]
+
+
+@pytest.fixture
+def result(make_run, corpus):
+    return evaluate_dialects(make_run(), corpus, control=make_run("plain_lora"), progress=False)
+
+
+def with_data(run, **changes):
+    tree = run.config.model_dump()
+    tree["data"].update(changes)
+    return dataclasses.replace(run, config=Config.model_validate(tree))
+
+
+def state_by_state_divergence(run, factors, dialect, standard):
+    """One sentence, no batching and no padding, float64 GeomLoss: the definition written out."""
+
+    def cloud(text, with_factors):
+        ids = torch.tensor([run.base.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            hidden = run.base.hidden_states(ids, torch.ones_like(ids), with_factors)
+        return hidden[0, 1:].double() / hidden.shape[-1] ** 0.5
+
+    loss = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.05, scaling=0.5, backend="tensorized")
+    with torch.no_grad():
+        return loss(cloud(dialect, factors), cloud(standard, None)).item()
+
+
+def test_ratios_equal_a_sentence_by_sentence_computation_with_geomloss(make_run, corpus, result):
+    run = make_run()
+    name = "Chicano English"
+    row = next(row for row in result["dialects"] if row["variety"] == name)
+    vectors = condition_vectors(name, list(corpus.heldout_varieties), TrainingConditions.of(corpus.train), seed=0)
+    for condition in ("own", "zero", "mean_training", "shuffled", "wrong"):
+        factors = run.hypernetwork(torch.tensor(vectors[condition])[None])
+        adapted = [state_by_state_divergence(run, factors, p.dialect, p.standard) for p in corpus.heldout(name)]
+        base = [state_by_state_divergence(run, None, p.dialect, p.standard) for p in corpus.heldout(name)]
+        assert row["ratio"][condition]["value"] == pytest.approx(np.mean(adapted) / np.mean(base), rel=2e-4)
+        assert abs(row["ratio"][condition]["value"] - 1) > 1e-3
+    assert row["base_divergence"]["value"] == pytest.approx(np.mean(base), rel=2e-4)
+
+
+def test_an_adapter_that_does_nothing_has_ratio_one_and_does_no_damage(make_run, corpus):
+    run = make_run(spread=0.0)
+    result = evaluate_dialects(run, corpus, progress=False)
+    for row in result["dialects"]:
+        for estimate in row["ratio"].values():
+            assert (estimate["low"], estimate["value"], estimate["high"]) == pytest.approx((1, 1, 1), abs=1e-5)
+        assert max(abs(e["value"]) for e in row["difference"].values()) < 1e-5
+    assert result["standard_english"]["divergence"]["zero"]["maximum"] < 1e-5
+    assert result["standard_english"]["language_model_loss"]["added"]["zero"]["value"] == pytest.approx(0, abs=1e-6)
+    assert result["adapters"]["delta_norm"] == [0.0] * 4
+    assert result["adapters"]["delta_cosine"][0][1] is None
+
+
+def test_batch_size_changes_nothing(make_run, corpus, result):
+    alone = evaluate_dialects(make_run(evaluation={"batch_size": 1}), corpus, progress=False)
+    for one, many in zip(alone["dialects"], result["dialects"], strict=True):
+        assert one["ratio"]["own"]["value"] == pytest.approx(many["ratio"]["own"]["value"], rel=1e-4)
+        assert one["ratio"]["own"]["high"] == pytest.approx(many["ratio"]["own"]["high"], rel=1e-4)
+
+
+def test_every_row_holds_every_condition_and_the_parts_add_up(corpus, result):
+    assert [row["variety"] for row in result["dialects"]] == list(corpus.heldout_varieties)
+    for row in result["dialects"]:
+        assert list(row["ratio"]) == ALL
+        assert list(row["difference"]) == list(CONTROLS)
+        assert row["changed"]["sentences"] + row["unchanged"]["sentences"] == row["sentences"]
+        assert row["unchanged"]["sentences"] == 4
+        gap = row["ratio"]["zero"]["value"] - row["ratio"]["own"]["value"]
+        assert row["difference"]["zero"]["value"] == pytest.approx(gap)
+        # All base divergence comes from changed sentences; the total is their part plus what the unchanged ones add.
+        total = row["base_divergence"]["value"] * row["sentences"]
+        own = row["changed"]["ratio"]["own"]["value"] * total + 4 * row["unchanged"]["added_divergence"]["own"]["value"]
+        assert own / total == pytest.approx(row["ratio"]["own"]["value"], rel=1e-4)
+    assert [row["sentences"] for row in result["dialects"]] == [12, 12, 11]
+
+
+def test_averages_are_over_the_dialects_of_their_group(result):
+    assert result["averages"]["seen"] is None
+    average = result["averages"]["unseen"]
+    assert average["dialects"] == [row["variety"] for row in result["dialects"]]
+    expected = np.mean([row["ratio"]["own"]["value"] for row in result["dialects"]])
+    assert average["ratio"]["own"]["value"] == pytest.approx(expected)
+
+
+def test_named_training_varieties_are_marked_as_seen(make_run, corpus):
+    vector = typology.vector("Chicano English")
+    corpus.train = [Pair(0, 0, "Chicano English", vector, "a", "b", ()), corpus.train[-1]]
+    rows = {row["variety"]: row for row in evaluate_dialects(make_run(), corpus, progress=False)["dialects"]}
+    assert [name for name, row in rows.items() if row["seen"]] == ["Chicano English"]
+    assert rows["Chicano English"]["coverage"]["binary"] == 1.0
+    assert 0 < rows["Nigerian English"]["coverage"]["binary"] < 1
+
+
+def test_fewer_sentences_are_the_same_for_all_dialects_and_the_result_says_so(make_run, corpus, result):
+    assert result["reduced"] == []
+    reduced = evaluate_dialects(make_run(evaluation={"sentences": 6}), corpus, progress=False)
+    assert reduced["reduced"] == ["6 of 12 held-out sentences"]
+    assert reduced["sentences"] == {"used": 6, "available": 12}
+    assert reduced["standard_english"]["sentences"] == 6
+
+
+def test_the_language_model_loss_is_that_of_transformers_per_token(make_run, corpus, result):
+    run = make_run()
+    total = tokens = 0.0
+    for pair in corpus.heldout("standard"):
+        ids = torch.tensor([run.base.tokenizer(pair.standard)["input_ids"]])
+        with torch.no_grad():
+            total += run.base.model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    measured = result["standard_english"]["language_model_loss"]
+    assert measured["tokens"] == tokens
+    assert measured["loss"]["base"]["value"] == pytest.approx(total / tokens, rel=1e-5)
+    assert set(measured["added"]) == {"zero", "plain_lora"}
+
+
+def test_logits_are_computed_in_chunks_of_bounded_size(make_run, corpus, monkeypatch):
+    run = make_run()
+    measurer = Measurer(run.base, AlignmentObjective(run.config.objective), batch_size=12)
+    tokens = measurer.tokenize([pair.standard for pair in corpus.heldout("standard")])
+    whole, _ = measurer.language_model_losses(tokens, None)
+    sizes = []
+    original = run.base.logits
+
+    def spy(*arguments):
+        logits = original(*arguments)
+        sizes.append(logits.numel() * 4)
+        return logits
+
+    monkeypatch.setattr("hl_scale.evaluation.measurement.LOGIT_BYTES", 5000)
+    monkeypatch.setattr(run.base, "logits", spy)
+    chunked, _ = measurer.language_model_losses(tokens, None)
+    assert max(sizes) <= 5000
+    assert chunked == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_result_is_plain_json_and_survives_saving(result, tmp_path):
+    path = save(result, tmp_path)
+    assert json.loads(path.read_text()) == result
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["evaluation.json"]
+
+
+def test_provenance_names_run_budget_base_corpus_and_machine(result):
+    provenance = result["provenance"]
+    assert provenance["run"]["training_pairs"] == 40
+    assert provenance["run"]["base_fingerprint"] == "f" * 64
+    assert provenance["control"]["hypernetwork"] == "plain_lora"
+    assert provenance["corpus"]["fingerprint"] == "c" * 64
+    assert provenance["environment"]["versions"]["torch"]
+    assert provenance["wall_seconds"] > 0
+
+
+def test_without_a_plain_lora_the_column_is_missing_and_a_caveat_says_so(make_run, corpus):
+    result = evaluate_dialects(make_run(), corpus, progress=False)
+    assert "plain_lora" not in result["dialects"][0]["ratio"]
+    assert any("plain LoRA" in caveat for caveat in result["caveats"])
+
+
+def test_another_budget_of_the_control_is_a_caveat(make_run, corpus):
+    control = dataclasses.replace(make_run("plain_lora"), step=7)
+    caveats = evaluate_dialects(make_run(), corpus, control=control, progress=False)["caveats"]
+    assert any("40 training pairs for this run, 28" in caveat for caveat in caveats)
+
+
+def test_delta_gram_equals_the_inner_products_of_formed_updates(make_run):
+    run = make_run()
+    factors = run.hypernetwork(torch.rand(3, typology.NUM_FEATURES, generator=torch.Generator().manual_seed(1)))
+    deltas = torch.cat(
+        [
+            (factors.scale * factors.b[s.path].double() @ factors.a[s.path].double()).flatten(1)
+            for s in factors.slots
+        ],
+        dim=1,
+    )
+    assert delta_gram(factors) == pytest.approx((deltas @ deltas.T).detach().numpy(), rel=1e-9)
+
+
+def test_within_and_between_variance_add_up_to_the_total_variance():
+    clouds = [torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) + seed for seed in range(4)]
+    statistics = cloud_statistics(clouds)
+    points = torch.cat(clouds).double()
+    total = (points - points.mean(dim=0)).square().sum(dim=1).mean().item()
+    assert statistics.within.mean() + statistics.between == pytest.approx(total)
+
+
+def test_the_wrong_dialect_is_the_farthest_of_the_evaluated_ones():
+    distances = {
+        name: np.linalg.norm(typology.vector(name) - typology.vector("Nigerian English"))
+        for name in ("Chicano English", "Jamaican English", "Indian English")
+    }
+    assert wrong_variety("Nigerian English", list(distances)) == max(distances, key=distances.get)
+    alone = wrong_variety("Nigerian English", ["Nigerian English"])
+    assert alone in typology.varieties()
+    assert alone != "Nigerian English"
+
+
+def test_the_shuffled_condition_keeps_the_values_and_moves_them(corpus):
+    training = TrainingConditions.of(corpus.train)
+    vectors = condition_vectors("Nigerian English", ["Nigerian English", "Indian English"], training, seed=3)
+    again = condition_vectors("Nigerian English", ["Nigerian English", "Indian English"], training, seed=3)
+    assert (np.sort(vectors["shuffled"]) == np.sort(vectors["own"])).all()
+    assert (vectors["shuffled"] != vectors["own"]).any()
+    assert (vectors["shuffled"] == again["shuffled"]).all()
+
+
+def test_identity_pairs_do_not_enter_the_mean_training_vector(corpus):
+    expected = np.mean([pair.vector for pair in corpus.train if pair.variety == "virtual"], axis=0)
+    assert TrainingConditions.of(corpus.train).mean == pytest.approx(expected)
+
+
+def test_a_sentence_longer_than_the_context_is_refused_by_name(make_run, corpus):
+    with pytest.raises(EvaluationError, match=r"has 1[1-9] tokens, the model's context holds 10(.|\n)*fix"):
+        evaluate_dialects(make_run(context=10), corpus, progress=False)
+
+
+def test_a_variety_that_was_not_prepared_is_refused(make_run, corpus):
+    run = with_data(make_run(), evaluation_varieties=("Nigerian English", "Welsh English"))
+    with pytest.raises(EvaluationError, match=r"no held-out sentences for: Welsh English(.|\n)*hl-scale prepare"):
+        evaluate_dialects(run, corpus, progress=False)
+
+
+def test_an_unknown_variety_is_refused_with_the_closest_names(make_run, corpus):
+    run = with_data(make_run(), evaluation_varieties=("Nigerian Englisch",))
+    with pytest.raises(ValueError, match="Nigerian English"):
+        evaluate_dialects(run, corpus, progress=False)
+
+
+def test_a_control_that_is_no_plain_lora_or_has_another_base_is_refused(make_run, corpus):
+    with pytest.raises(EvaluationError, match="expected 'plain_lora'"):
+        evaluate_dialects(make_run(), corpus, control=make_run(), progress=False)
+    control = make_run("plain_lora")
+    control.base.fingerprint = "0" * 64
+    with pytest.raises(EvaluationError, match="another base"):
+        evaluate_dialects(make_run(), corpus, control=control, progress=False)
