@@ -1,7 +1,7 @@
 """The whole configuration of a run: typed, strict, and free of torch.
 
-Precedence, lowest first: the defaults below, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment variables,
-``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are reported at once.
+Precedence, lowest first: the defaults below, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment
+variables, ``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are reported at once.
 The docstring under each field is its help text (``hl-scale schema`` prints them).
 """
 
@@ -12,7 +12,7 @@ import os
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -79,7 +79,7 @@ class LoraConfig(Section):
 
 class SentenceSource(Section):
     kind: Literal["vader", "text", "jsonl", "parquet", "hub"]
-    """`vader`: the human-scored sentences shipped in the source distribution of vaderSentiment 3.3.2; else files or a hub id."""
+    """`vader`: the sentences shipped in the source distribution of vaderSentiment 3.3.2; else files or a hub id."""
     path: str | None = None
     """File or glob (text, jsonl, parquet), hub id (hub), or a copy of the vaderSentiment archive (vader, optional)."""
     name: str | None = None
@@ -108,7 +108,7 @@ class DataConfig(Section):
     sources: tuple[SentenceSource, ...] = Field(min_length=1)
     """Sentence sources, pooled."""
     mode: Literal["virtual", "named"] = "virtual"
-    """`virtual`: every sentence gets its own random feature mixtures; `named`: the varieties of `training_varieties`."""
+    """`virtual`: each sentence gets random feature mixtures of its own; `named`: the varieties of `training_varieties`."""
     training_varieties: tuple[str, ...] = ()
     """Varieties trained on in `named` mode; their vectors and texts are the only ones seen."""
     evaluation_varieties: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ class DataConfig(Section):
 
 class HypernetworkConfig(Section):
     kind: Literal["hyperlora", "hyperlora.paper", "plain_lora"] = "hyperlora"
-    """`hyperlora`: the one to use; `hyperlora.paper`: the published network; `plain_lora`: one adapter for all conditions."""
+    """`hyperlora`: the one to use; `hyperlora.paper`: as published; `plain_lora`: one adapter for all conditions."""
     condition_width: int = Field(default=128, ge=1)
     """`hyperlora`: width of the encoded condition."""
     slot_width: int = Field(default=64, ge=1)
@@ -231,8 +231,11 @@ class Zero3Config(Section):
     """Overlap gradient reduction with backward (useful on GPUs)."""
 
 
+WorkerCount = Annotated[int, Field(ge=1)]
+
+
 class ClusterConfig(Section):
-    num_workers: int | tuple[int, int] = 1
+    num_workers: WorkerCount | tuple[WorkerCount, WorkerCount] = 1
     """Ray Train workers, or [minimum, maximum] for an elastic group."""
     use_gpu: bool = False
     """One GPU per worker."""
@@ -285,20 +288,22 @@ def load_config(
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"configuration file not found: {path}\n  fix: pass an existing file, for example one of configs/")
+        raise ConfigError(
+            f"configuration file not found: {path}\n  fix: pass an existing file, for example one of configs/"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML:\n  {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
-    for key, value in _environment_overrides(os.environ if environment is None else environment):
-        _assign(tree, key, value)
+    for keys, value in _environment_overrides(os.environ if environment is None else environment):
+        _assign(tree, keys, value)
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or "." not in key:
             raise ConfigError(f"override {item!r} is not of the form section.key=value")
-        _assign(tree, key.split("."), yaml.safe_load(text))
+        _assign(tree, key.split("."), _parse_value(text, f"override {item!r}"))
     return parse_config(tree, source=str(path))
 
 
@@ -320,8 +325,15 @@ def _environment_overrides(environment: typing.Mapping[str, str]) -> list[tuple[
     found = []
     for name, text in sorted(environment.items()):
         if name.startswith(prefix) and "__" in name:
-            found.append((name[len(prefix) :].lower().split("__"), yaml.safe_load(text)))
+            found.append((name[len(prefix) :].lower().split("__"), _parse_value(text, f"{name}={text!r}")))
     return found
+
+
+def _parse_value(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} does not hold a YAML value:\n  {error}\n  fix: quote or complete it") from None
 
 
 def _assign(tree: dict[str, Any], keys: typing.Sequence[str], value: Any) -> None:
@@ -355,8 +367,11 @@ def _fix(problem: Any) -> str:
         return "add this key"
     if problem["type"] == "literal_error":
         return f"use one of {problem['ctx']['expected']}"
-    field = _fields_at(location[:-1]).get(str(location[-1])) if location else None
-    return field.description if field is not None and field.description else "correct the value"
+    for end in range(len(location), 0, -1):  # an element of a tuple or a branch of a union has its field's help
+        field = _fields_at(location[: end - 1]).get(str(location[end - 1]))
+        if field is not None and field.description:
+            return str(field.description)
+    return "correct the value"
 
 
 def _fields_at(location: typing.Sequence[Any]) -> dict[str, Any]:

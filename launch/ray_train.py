@@ -1,6 +1,6 @@
 """Train on a Ray cluster (or on this machine, where no cluster is named by RAY_ADDRESS):
 
-ray job submit --working-dir . -- python launch/ray_train.py --config configs/hyperlora_mistral7b_zero3.yaml [key=value ...]
+ray job submit --working-dir . -- python launch/ray_train.py --config CONFIG [section.key=value ...]
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ class AdaptedModel(nn.Module):
         config = self.model.config
         limit = int(config.max_position_embeddings)
         # RoBERTa-family position ids start after the padding index.
-        return limit - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else limit
+        return (
+            limit - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else limit
+        )
 
     @property
     def has_head(self) -> bool:

@@ -149,7 +149,11 @@ def _place(model: Any, name: str, tensor: Tensor, dtype: torch.dtype, base: Base
     parent, attribute = _parent(model, name)
     if attribute == "weight" and _is_quantizable(model, parent):
         # Keep the old layer's bias, still empty if it has not arrived; it is placed on the new layer when it does.
-        _swap(model, name.removesuffix(".weight"), _adaptable(tensor, parent.bias, base, dtype))
+        _swap(
+            model,
+            name.removesuffix(".weight"),
+            _adaptable(tensor, parent.get_parameter("bias") if parent.bias is not None else None, base, dtype),
+        )
         return
     value = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if attribute in parent._buffers:
@@ -186,7 +190,7 @@ def _check_complete(model: nn.Module, directory: Path) -> None:
             "\n  fix: the download is incomplete, or base.architecture does not fit these weights"
         )
     if hasattr(model, "pooler"):
-        model.pooler = None
+        setattr(model, "pooler", None)  # noqa: B010
 
 
 def _freeze(model: Any, base: BaseModelConfig) -> None:

@@ -83,7 +83,9 @@ class QuantizedLinear(AdaptableLinear):
                 destination[f"{prefix}constants.{name}"] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        found = {name: state_dict.pop(f"{prefix}constants.{name}", None) for name in ("absmax", "nested_absmax", "offset")}
+        found = {
+            name: state_dict.pop(f"{prefix}constants.{name}", None) for name in ("absmax", "nested_absmax", "offset")
+        }
         if found["absmax"] is not None:
             self.constants = BlockConstants(self.constants.shape, **found)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -47,11 +47,11 @@ def train_on_ray(config: Config) -> dict[str, Any]:
             train_loop_config=config.model_dump(mode="json"),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=cluster.num_workers,
+                num_workers=cluster.num_workers,  # type: ignore[arg-type]
                 use_gpu=cluster.use_gpu,
                 resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]
                 name=Path(config.run.directory).name + ".ray",
                 storage_path=str(Path(storage).absolute()),
                 failure_config=FailureConfig(max_failures=cluster.maximum_failures),

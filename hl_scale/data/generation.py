@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -169,26 +170,22 @@ def transform_sentences(
     import ray
     import ray.data
 
-    with _ray_session(num_workers) as local:
-        # A local Ray dies with this process, so its actors need no restarts, of which Ray's core would warn.
-        remote_arguments = (lambda: {"max_restarts": 0}) if local else None
+    with _ray_session(num_workers):
+        blocks = max(2 * num_workers, -(-sentences.num_rows // _SENTENCES_PER_BLOCK))
         try:
-            rows = ray.data.from_arrow(
-                sentences, override_num_blocks=max(1, -(-sentences.num_rows // _SENTENCES_PER_BLOCK))
-            ).map_batches(
+            rows = ray.data.from_arrow(sentences, override_num_blocks=min(blocks, sentences.num_rows)).map_batches(
                 DialectActor,
                 fn_constructor_args=(plan, directory, dict(unavailable)),
                 batch_format="pyarrow",
-                batch_size=_SENTENCES_PER_BLOCK,
+                batch_size=None,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_workers, initial_size=num_workers),
                 num_cpus=1,
-                ray_remote_args_fn=remote_arguments,
             )
             yield from rows.iter_batches(batch_format="pyarrow", batch_size=None)
         except ray.exceptions.RayError as error:
             raise CorpusError(
-                f"preparing the corpus failed in a Ray worker:\n  {_last_line(error)}\n"
-                "  fix: see the error; data.num_workers=1 uses the least memory"
+                f"preparing the corpus failed in a Ray worker:\n  {_root_cause(error)}\n"
+                "  (if workers run out of memory, data.num_workers=1 uses the least)"
             ) from error
 
 
@@ -230,16 +227,18 @@ class DialectActor:
 
 
 @contextlib.contextmanager
-def _ray_session(num_workers: int) -> Iterator[bool]:
-    """Use the Ray that is there (initialised, or named by RAY_ADDRESS as in a job), else a local one; yields whether local."""
+def _ray_session(num_workers: int) -> Iterator[None]:
+    """Use the Ray that is there (initialised, or named by RAY_ADDRESS as in a job), else a local one.
+
+    Only a Ray that was started here is shut down.
+    """
     import ray
     import ray.data
 
     started = not ray.is_initialized()
-    local = started and not os.environ.get("RAY_ADDRESS")
     if started:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if local:
+        if not os.environ.get("RAY_ADDRESS"):
             quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
             quiet |= {"num_cpus": max(num_workers, os.cpu_count() or 1)}
         ray.init(**quiet)
@@ -249,9 +248,9 @@ def _ray_session(num_workers: int) -> Iterator[bool]:
     level = logger.level
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # a worker's error is raised here, once
     try:
-        yield local
+        yield
     finally:
         context.execution_options.preserve_order, context.enable_progress_bars = before
         logger.setLevel(level)
@@ -259,7 +258,8 @@ def _ray_session(num_workers: int) -> Iterator[bool]:
             ray.shutdown()
 
 
-def _last_line(error: Exception) -> str:
-    cause = getattr(error, "cause", None)
-    lines = [line for line in str(cause or error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _root_cause(error: Exception) -> str:
+    """The last exception of a remote traceback, without the traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    heads = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return "\n  ".join(lines[heads[-1] if heads else -1 :])

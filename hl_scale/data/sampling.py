@@ -42,8 +42,8 @@ def plan_batches(global_batch: int, largest_micro_batch: int, world_size: int) -
 class GlobalSampler:
     """Global batches of sample numbers.
 
-    Samples are shuffled per epoch; pools of `bucket_batches` batches are sorted by length before they are cut, so that a
-    batch holds similar lengths and little is padded; the batches of a pool are then shuffled again.
+    Samples are shuffled per epoch; pools of `bucket_batches` batches are sorted by length before they are cut, so that
+    a batch holds similar lengths and little is padded; the batches of a pool are then shuffled again.
 
     Args:
         lengths: (N,) length of each sample, in tokens.

@@ -144,7 +144,9 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def read_full(checkpoint: Checkpoint, kinds: tuple[str, ...] = ("master", *zero3.MOMENTS)) -> dict[str, dict[str, Tensor]]:
+def read_full(
+    checkpoint: Checkpoint, kinds: tuple[str, ...] = ("master", *zero3.MOMENTS)
+) -> dict[str, dict[str, Tensor]]:
     """Whole flat float32 tensors per parameter and kind, put together from all shards and trimmed of padding."""
     shards = [load_file(checkpoint.directory / entry["name"]) for entry in checkpoint.manifest["shards"]]
     full: dict[str, dict[str, Tensor]] = {}

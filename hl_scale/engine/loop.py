@@ -94,12 +94,18 @@ def train(
     loop = _Loop(config, world, plan, engine, base, corpus.train, targets, lengths)
     reporter = None
     if world.is_main:
-        reporter = Reporter(directory, config.training.steps, start, config.training.loggers, config.model_dump(mode="json"))
+        reporter = Reporter(
+            directory, config.training.steps, start, config.training.loggers, config.model_dump(mode="json")
+        )
         for problem in problems:
             reporter.say(f"checkpoint passed over: {problem}")
         if start:
             reporter.say(f"resuming from step {start}")
-    details = {"base_fingerprint": base.fingerprint, "data_fingerprint": corpus_fingerprint(corpus), "seed": config.run.seed}
+    details = {
+        "base_fingerprint": base.fingerprint,
+        "data_fingerprint": corpus_fingerprint(corpus),
+        "seed": config.run.seed,
+    }
     try:
         return loop.run(start, directory, details, reporter, on_checkpoint, stop_at)
     finally:
@@ -227,8 +233,8 @@ class _Loop:
         if self.consecutive_skips >= self.config.training.maximum_consecutive_skips:
             pair_ids = [self.pairs[int(sample)].pair_id for sample in self.sampler.batch(step)]
             raise TrainingAborted(
-                f"step {step + 1}: loss {loss}, {self.consecutive_skips} non-finite steps in a row; no weight was changed "
-                f"by them. Pairs of the last batch: {pair_ids}\n"
+                f"step {step + 1}: loss {loss}, {self.consecutive_skips} non-finite steps in a row; "
+                f"they changed no weight. Pairs of the last batch: {pair_ids}\n"
                 "  fix: lower training.learning_rate, set training.gradient_clipping, or look at these pairs"
             )
 
@@ -258,8 +264,8 @@ def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int) ->
     for pair, own, other in zip(pairs, dialect, standard, strict=True):
         if max(own, other) > limit:
             raise ConfigError(
-                f"pair {pair.pair_id} has {max(own, other)} tokens, more than {limit} (data.maximum_tokens = {maximum_tokens}, "
-                f"context of the base = {base.context_length}): {pair.dialect[:60]!r}\n"
+                f"pair {pair.pair_id} has {max(own, other)} tokens, more than {limit} "
+                f"(data.maximum_tokens = {maximum_tokens}, context of the base = {base.context_length}): {pair.dialect[:60]!r}\n"
                 "  fix: raise data.maximum_tokens, or lower data.maximum_words and prepare again"
             )
     return dialect

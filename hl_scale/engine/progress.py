@@ -70,7 +70,9 @@ class _Wandb:
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project="hl_scale", name=directory.name, dir=str(directory), config=config, resume="allow")
+        self._run = wandb.init(
+            project="hl_scale", name=directory.name, dir=str(directory), config=config, resume="allow"
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)

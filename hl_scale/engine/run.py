@@ -1,6 +1,6 @@
 """Run directories: what a run is made of, and how one is opened again.
 
-    config.yaml  environment.json  metrics.jsonl  checkpoints/step-000100/  evaluation.json  report.html
+config.yaml  environment.json  metrics.jsonl  checkpoints/step-000100/  evaluation.json  report.html
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def load_run(
     """
     directory = Path(directory)
     if not (directory / "config.yaml").is_file():
-        raise ConfigError(f"{directory} is not a run directory (no config.yaml)\n  fix: pass the run.directory of a training")
+        raise ConfigError(
+            f"{directory} is not a run directory (no config.yaml)\n  fix: pass the run.directory of a training"
+        )
     config = load_config(directory / "config.yaml", environment={})
     found, problems = checkpoint.newest(directory / "checkpoints", step)
     if found is None:
@@ -71,7 +73,9 @@ def load_run(
             f"{base.fingerprint[:12]}\n  fix: restore the model revision or the quantisation settings of that run"
         )
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
-    weights = {name.removeprefix("hypernetwork."): kinds for name, kinds in checkpoint.read_full(found, ("master",)).items()}
+    weights = {
+        name.removeprefix("hypernetwork."): kinds for name, kinds in checkpoint.read_full(found, ("master",)).items()
+    }
     shapes = {name.removeprefix("hypernetwork."): shape for name, shape in found.manifest["shapes"].items()}
     stripped = checkpoint.Checkpoint(found.directory, {**found.manifest, "shapes": shapes})
     checkpoint.load_weights(hypernetwork, stripped, weights)

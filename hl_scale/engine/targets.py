@@ -70,7 +70,7 @@ class TargetCache:
         return self._memory[key].float()
 
     def _write(self, texts: list[str], device: torch.device) -> None:
-        clouds = {}
+        clouds: dict[str, Tensor] = {}
         by_length = sorted(texts, key=len)
         for start in range(0, len(texts), 16):
             batch = by_length[start : start + 16]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,9 @@ def join_world() -> World:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives torch has renamed, and cannot look into our factors dataclass; neither is the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
     if has_gpu:
@@ -149,7 +152,7 @@ def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], step: in
             **{moment: torch.zeros_like(flat) for moment in MOMENTS},
         }
     for name, parameter in trainable_parameters(engine.module).items():
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         for kind, whole in full[name].items():
             part = torch.zeros(size, dtype=torch.float32)
             values = whole[world.rank * size : (world.rank + 1) * size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ _LOGARITHMIC = ("gradient_norm", "trunk_gradient_norm")
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss (with a running mean), learning rate, gradient norms, throughput and dead units by step, as far as logged."""
+    """Loss (with a running mean), learning rate, gradient norms, throughput, dead units by step, as far as logged."""
     steps = np.array([line["step"] for line in metrics], dtype=np.float64)
     curves = {key: np.array([_number(line.get(key)) for line in metrics]) for key in _CURVES}
     curves = {key: values for key, values in curves.items() if np.isfinite(values).any()}
@@ -60,7 +61,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def dialect_chart(result: Mapping[str, Any]) -> Figure:
-    """Left: the ratio of every condition, per dialect, with 95% intervals. Right: paired differences to the own vector."""
+    """Left: ratio of every condition, per dialect, with 95% intervals. Right: paired differences to the own vector."""
     rows = [row for row in result["dialects"] if row["ratio"]]
     names = conditions(result)
     figure = Figure(figsize=(11, 1.6 + 0.16 * len(names) * max(len(rows), 1)), layout="constrained")
@@ -73,7 +74,7 @@ def dialect_chart(result: Mapping[str, Any]) -> Figure:
             axes.axhline(boundary - 0.5, color="#cccccc", linewidth=0.8)
     left.axvline(1.0, color="#444444", linewidth=1, linestyle="--")
     right.axvline(0.0, color="#444444", linewidth=1, linestyle="--")
-    labels = [f"{_short(row['variety'])}\n{'seen' if row['seen'] else 'unseen'}" for row in rows]
+    labels = [textwrap.fill(f"{row['variety']} ({'seen' if row['seen'] else 'unseen'})", 26) for row in rows]
     left.set_yticks(range(len(rows)), labels)
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel("divergence ratio adapted / base (1: no effect)")
@@ -124,10 +125,6 @@ def _forest(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, name: str, 
         elinewidth=1.8 if name == OWN else 1.1,
         linestyle="none",
     )
-
-
-def _short(name: str, width: int = 26) -> str:
-    return name if len(name) <= width else name[: width - 1].rstrip() + "…"
 
 
 def _number(value: Any) -> float:

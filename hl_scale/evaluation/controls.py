@@ -1,4 +1,4 @@
-"""The conditions of the dialect evaluation: the dialect's own vector and the controls that could explain its effect away."""
+"""Conditions of the dialect evaluation: the dialect's own vector, and controls that could explain its effect away."""
 
 from __future__ import annotations
 

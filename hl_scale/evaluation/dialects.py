@@ -1,9 +1,9 @@
 """The dialect evaluation: how much closer an adapter brings a dialect's hidden states to Standard English, and why.
 
 For every held-out variety: the divergence between the hidden states of its sentences under an adapter and the frozen
-base's states of their Standard English originals, divided by the same divergence without an adapter. A ratio below 1 says
-little on its own: the controls (`hl_scale.evaluation.controls`) say what is reached without the dialect's own vector, and
-the damage to Standard English says at what price. Nothing is trained or selected on these sentences.
+base's states of their Standard English originals, divided by the same divergence without an adapter. A ratio below 1
+says little on its own: the controls (`hl_scale.evaluation.controls`) say what is reached without the dialect's own
+vector, and the damage to Standard English says at what price. Nothing is trained or selected on these sentences.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CAVEATS = (
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """What is evaluated: dialect pairs by variety, and their Standard English sentences, each once and in order of id."""
+    """What is evaluated: dialect pairs by variety, and the Standard English sentences, each once, by id."""
 
     pairs: dict[str, list[Pair]]
     standard: list[Pair]
@@ -102,7 +102,7 @@ def evaluate_dialects(
         English, collapse diagnostics, provenance and caveats. Divergences are those of the training objective.
 
     Raises:
-        EvaluationError: a variety has no held-out sentences, a sentence exceeds the context, or the control does not fit.
+        EvaluationError: a variety has no held-out sentences, a sentence is too long, or the control does not fit.
     """
     started = time.perf_counter()
     settings = run.config.evaluation
@@ -123,7 +123,7 @@ def evaluate_dialects(
             values.append(measured)
         damage = _standard_damage(standard, arm, plain, bootstrap)
     seen = [bool(row["seen"]) for row in rows]
-    result = {
+    result: dict[str, Any] = {
         "evaluation": "dialects",
         "format": 1,
         "sentences": {"used": len(heldout.standard), "available": heldout.available},
@@ -171,7 +171,9 @@ def _select(corpus: Corpus, varieties: Sequence[str], limit: int | None, seed: i
     pairs = {name: [pair for pair in corpus.heldout(name) if pair.sentence_id in kept] for name in names}
     empty = [name for name, chosen in pairs.items() if not chosen]
     if empty:
-        raise EvaluationError(f"no held-out sentence is left for: {', '.join(empty)}\n  fix: raise evaluation.sentences")
+        raise EvaluationError(
+            f"no held-out sentence is left for: {', '.join(empty)}\n  fix: raise evaluation.sentences"
+        )
     return _HeldOut(pairs, standard, available)
 
 
@@ -278,7 +280,10 @@ def _adapters(names: Sequence[str], arm: _Arm) -> dict[str, Any]:
     return {
         "conditions": [*names, "zero"],
         "delta_norm": norms.tolist(),
-        "delta_cosine": np.where(outer > 0, cosine, None).tolist(),
+        "delta_cosine": [
+            [c if o > 0 else None for c, o in zip(*rows, strict=True)]
+            for rows in zip(cosine.tolist(), outer, strict=True)
+        ],
     }
 
 
@@ -301,7 +306,7 @@ def _reductions(run: LoadedRun, heldout: _HeldOut) -> list[str]:
 
 def _control_caveats(run: LoadedRun, control: LoadedRun | None) -> list[str]:
     if control is None:
-        return ["No plain LoRA was trained: a gain of one shared adapter is not told apart from a gain of conditioning."]
+        return ["No plain LoRA to compare with: what one shared adapter gains is not told apart from conditioning."]
     ours, theirs = run.config, control.config
     caveats = []
     budgets = [run.step * ours.training.global_batch_size, control.step * theirs.training.global_batch_size]

@@ -1,7 +1,7 @@
-"""What evaluation measures on a list of texts: divergence to frozen states, token variances, language-model loss, delta W.
+"""What evaluation measures on texts: divergence to frozen states, token variances, loss; and the size of delta W.
 
-Texts are sorted by length, padded on the right and run through the model in batches; nothing is truncated. Frozen states
-of the standard sentences are computed once and kept as one float32 token cloud (n_i, D) per sentence.
+Texts are sorted by length, padded on the right and run through the model in batches; nothing is truncated. Frozen
+states of the standard sentences are computed once and kept as one float32 token cloud (n_i, D) per sentence.
 """
 
 from __future__ import annotations

@@ -99,7 +99,9 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
     """
     directory = Path(run_directory)
     if not (directory / "config.yaml").is_file():
-        raise EvaluationError(f"{directory} is not a run directory (no config.yaml)\n  fix: pass the directory of a run")
+        raise EvaluationError(
+            f"{directory} is not a run directory (no config.yaml)\n  fix: pass the directory of a run"
+        )
     metrics = read_metrics(directory / "metrics.jsonl")
     evaluation = _read_evaluation(directory / "evaluation.json")
     environment = directory / "environment.json"

@@ -1,14 +1,14 @@
 """Bootstrap over sentences for ratios of mean divergences.
 
-The question is what another sample of sentences would have given, so sentences are the unit that is resampled
-(Efron and Tibshirani 1993, percentile interval). One resample is a vector of counts c, multinomial over the n sentences;
-every estimate below is a ratio of two sums that the counts weight:
+The question is what another sample of sentences would have given, so sentences are the unit that is resampled (Efron
+and Tibshirani 1993, percentile interval). One resample is a vector of counts c, multinomial over the n sentences; every
+estimate below is a ratio of two sums that the counts weight:
 
     R(c) = sum_i c_i u_i / sum_i c_i v_i.
 
 All conditions, all dialects and all subsets of sentences share the same counts: differences between conditions are
-therefore paired, and an average over dialects respects that they are made of the same sentences. The seed of training is
-not resampled: the intervals say nothing about it.
+therefore paired, and an average over dialects respects that they are made of the same sentences. The seed of training
+is not resampled: the intervals say nothing about it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class SentenceBootstrap:
         values = np.asarray(values, dtype=np.float64)
         return self.ratio(values, np.ones_like(values), rows)
 
-    def ratio(self, numerator: npt.ArrayLike, denominator: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> Estimate:
+    def ratio(
+        self, numerator: npt.ArrayLike, denominator: npt.ArrayLike, rows: npt.ArrayLike | None = None
+    ) -> Estimate:
         """Ratio of means: mean of ``numerator`` (m,) over mean of ``denominator`` (m,), same sentences in both.
 
         Args:
@@ -122,7 +124,9 @@ class SentenceBootstrap:
         if not (np.isfinite(top).all() and np.isfinite(bottom).all()):
             raise ValueError("a per-sentence value is not finite: the adapted model's states or losses are broken")
         if bottom.mean() <= 0:
-            raise ValueError(f"the denominator's mean must be positive, got {bottom.mean():.3g}: the ratio is undefined")
+            raise ValueError(
+                f"the denominator's mean must be positive, got {bottom.mean():.3g}: the ratio is undefined"
+            )
         return top, bottom, columns
 
     def _resampled(self, top: Array, bottom: Array, columns: npt.NDArray[np.intp]) -> Array:

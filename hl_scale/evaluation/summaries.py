@@ -81,7 +81,7 @@ def comparison(dialect: DialectValues, bootstrap: SentenceBootstrap) -> dict[str
 
 
 def added_divergence(dialect: DialectValues, bootstrap: SentenceBootstrap) -> dict[str, Any]:
-    """Condition -> mean divergence beyond the base's, for sentences where the base's own is 0 and ratios mean nothing."""
+    """Condition -> mean divergence beyond the base's, for sentences where that is 0 and no ratio exists."""
     added = {}
     if len(dialect.rows):
         base = dialect.values[BASE]

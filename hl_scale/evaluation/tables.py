@@ -1,7 +1,7 @@
 """The dialect evaluation as a terminal table and as Markdown.
 
 In both, a control's ratio carries `+` where the control is worse than the dialect's own vector and `-` where it is
-better, if the whole interval of the paired difference lies on that side of 0; without a sign the two are not told apart.
+better, if the whole interval of the paired difference lies on that side of 0; without a sign they are not told apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from hl_scale.evaluation.controls import OWN, PLAIN
 
@@ -25,6 +28,15 @@ HEADINGS = {
     "wrong": "wrong dialect",
     PLAIN: "plain LoRA",
 }
+_SHORT_HEADINGS = {
+    OWN: "own\nvector",
+    "zero": "zero",
+    "mean_named": "mean\nnamed",
+    "mean_training": "mean\ntrain",
+    "shuffled": "shuf-\nfled",
+    "wrong": "wrong",
+    PLAIN: "plain\nLoRA",
+}
 LEGEND = (
     "Ratio = mean divergence adapted / base on held-out sentences, [95% interval over sentences]; below 1 is closer to "
     "Standard English. + / - : worse / better than the own vector with the paired interval clear of 0."
@@ -33,30 +45,67 @@ LEGEND = (
 
 def conditions(result: Result) -> list[str]:
     """The conditions of a result in the order of the columns."""
-    present = result["dialects"][0]["ratio"] if result["dialects"] else {}
-    return [name for name in HEADINGS if name in present]
+    return [name for name in HEADINGS if any(name in row["ratio"] for row in result["dialects"])]
 
 
-def render_table(result: Result) -> Table:
-    """One screen: a row per dialect, then averages, then the damage to Standard English as caption."""
-    title = "Dialect evaluation"
+def render_table(result: Result) -> Group:
+    """For a terminal of 80 columns: ratios, changed and unchanged sentences apart, what Standard English loses."""
+    title = "Divergence to Standard English, adapted / base"
     if result["reduced"]:
-        title += f" - REDUCED: {'; '.join(result['reduced'])}"
-    table = Table(title=title, caption="\n".join([LEGEND, *standard_lines(result)]), caption_justify="left")
-    table.add_column("dialect", min_width=12)
-    table.add_column("seen")
-    table.add_column("cov.", justify="right")
-    table.add_column("changed", justify="right")
+        title += f"\nREDUCED EVALUATION: {'; '.join(result['reduced'])}"
+    columns = "seen: in training; cov.: share of the dialect's features that training conditions attest."
+    lines = [f"{LEGEND} {columns}", *standard_lines(result)]
+    return Group(_terminal_ratios(result, title), _terminal_parts(result), *(Text(line, style="dim") for line in lines))
+
+
+def _terminal_ratios(result: Result, title: str) -> Table:
     names = conditions(result)
-    for name in names:
-        table.add_column(HEADINGS[name], justify="right", no_wrap=name != OWN)
+    table = _terminal_table(title, ["dialect", "seen", "cov.", *(_SHORT_HEADINGS[name] for name in names)])
     for row in result["dialects"]:
-        cells = [row["variety"], _seen(row), f"{row['coverage']['binary']:.2f}"]
-        cells.append(f"{row['changed']['sentences']}/{row['sentences']}")
-        table.add_row(*cells, *(_cell(row, name, interval=name == OWN) for name in names))
+        cells = [_terminal_name(row), "yes" if row["seen"] else "no", f"{row['coverage']['binary']:.2f}"]
+        table.add_row(*cells, *(_terminal_cell(row, name) for name in names))
     for label, average in _averages(result):
-        table.add_row(label, "", "", "", *(_cell(average, name, interval=name == OWN) for name in names), style="bold")
+        table.add_row(label, "", "", *(_terminal_cell(average, name) for name in names), style="bold")
     return table
+
+
+def _terminal_parts(result: Result) -> Table:
+    names = [name for name in conditions(result) if name in (OWN, "zero", PLAIN)]
+    headings = [_SHORT_HEADINGS[name] for name in names]
+    title = "Ratio on the changed sentences | divergence added on the unchanged ones"
+    table = _terminal_table(title, ["dialect", "changed", *headings, "| same", *headings])
+    for row in result["dialects"]:
+        changed, unchanged = row["changed"], row["unchanged"]
+        cells = [_terminal_name(row), str(changed["sentences"]), *(_terminal_cell(changed, name) for name in names)]
+        added = unchanged["added_divergence"]
+        cells.append(f"| {unchanged['sentences']:4d}")
+        table.add_row(*cells, *(_short(added[name]["value"]) if name in added else "-" for name in names))
+    return table
+
+
+def _terminal_table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+    return table
+
+
+def _terminal_name(row: Mapping[str, Any]) -> str:
+    return str(row["variety"]).replace(" English", "")
+
+
+def _terminal_cell(part: Mapping[str, Any], name: str) -> str:
+    ratio = part["ratio"].get(name)
+    if ratio is None:
+        return "-"
+    if name == OWN:
+        return f"{_short(ratio['value'])} [{_short(ratio['low'])},{_short(ratio['high'])}]"
+    return _short(ratio["value"]) + (_sign(part, name) or " ")
+
+
+def _short(value: float) -> str:
+    """Three decimals without the zero before the point."""
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +224,9 @@ def _adapter_table(result: Result) -> TextTable:
         variances = [f"{_plain(own[kind])} ({_plain(base[kind])})" for kind in ("within", "between")]
         rows.append([row["variety"], f"{adapters['delta_norm'][index]:.2f}", spread, *variances])
     rows.append(["zero vector", f"{adapters['delta_norm'][order.index('zero')]:.2f}", "", "", ""])
-    return TextTable("Generated updates, and token variance relative to Standard English (collapse shows here)", header, rows)
+    return TextTable(
+        "Generated updates, and token variance relative to Standard English (collapse shows here)", header, rows
+    )
 
 
 def standard_lines(result: Result) -> list[str]:
@@ -186,7 +237,7 @@ def standard_lines(result: Result) -> list[str]:
     if plain is not None:
         line += f", the plain LoRA {plain['value']:.3f} (largest {plain['maximum']:.3f})"
         if "zero_over_plain_lora" in damage:
-            line += f"; {_interval(damage['zero_over_plain_lora'])} of it"
+            line += f": {_interval(damage['zero_over_plain_lora'])} times as much"
     lines = [line + "."]
     loss = damage["language_model_loss"]
     if loss is not None:
@@ -215,11 +266,14 @@ def _cell(part: Mapping[str, Any], name: str, interval: bool) -> str:
     if ratio is None:
         return "-"
     text = _interval(ratio) if interval else f"{ratio['value']:.3f}"
+    return f"{text} {_sign(part, name)}".rstrip()
+
+
+def _sign(part: Mapping[str, Any], name: str) -> str:
     difference = part["difference"].get(name)
     if difference is None:
-        return text
-    sign = "+" if difference["low"] > 0 else "-" if difference["high"] < 0 else ""
-    return f"{text} {sign}".rstrip()
+        return ""
+    return "+" if difference["low"] > 0 else "-" if difference["high"] < 0 else ""
 
 
 def _interval(estimate: Mapping[str, float]) -> str:

@@ -1,11 +1,11 @@
 """Hypernetworks that map a condition vector to the LoRA factors of every slot, and their unconditioned control.
 
-`HyperLora`: condition encoder and slot embedding feed a ReLU trunk; per distinct (in, out) shape one head emits A and one
-emits B, so grouped-query attention works. Head inputs are divided by sqrt(width), the rescaling of hyper-adapters
+`HyperLora`: condition encoder and slot embedding feed a ReLU trunk; per distinct (in, out) shape one head emits A and
+one emits B, so grouped-query attention works. Head inputs are divided by sqrt(width), the rescaling of hyper-adapters
 (arXiv 2205.10835). B's head starts at zero, hence delta W = 0 at step 0 for every condition.
 
-`PaperHyperLora`: the network published with HyperLoRA (arXiv 2311.00915): features with the raw slot index appended, one
-hidden layer of 8, one net for the down-projection D and one for the up-projection U, shared by all slots;
+`PaperHyperLora`: the network published with HyperLoRA (arXiv 2311.00915): features with the raw slot index appended,
+one hidden layer of 8, one net for the down-projection D and one for the up-projection U, shared by all slots;
 y = W x + (x D) U, with U divided by sqrt(rank) and no alpha.
 
 `PlainLora`: one adapter whatever the condition, for comparison at equal budget.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Hypernetwork(nn.Module):
         return LoraFactors(self.slots, factors_a, factors_b, self.scale)
 
     def watch_trunk(self, hidden: Tensor) -> Tensor:
-        """Record the share of trunk units that never fire and, in backward, the gradient norm that reaches the trunk."""
+        """Record the share of trunk units that never fire and, in backward, the gradient norm at the trunk's output."""
         with torch.no_grad():
             self.dead_unit_share = 1.0 - (hidden > 0).flatten(0, -2).any(dim=0).float().mean().item()
         if hidden.requires_grad:
@@ -91,7 +92,7 @@ class HyperLora(Hypernetwork):
         self.condition = nn.Linear(condition_size, config.condition_width)
         self.slot_embedding = nn.Embedding(len(self.slots), config.slot_width)
         widths = [config.condition_width + config.slot_width] + [config.hidden_width] * config.trunk_layers
-        self.trunk = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.trunk = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.heads_a = nn.ModuleDict()
         self.heads_b = nn.ModuleDict()
         for group in self.groups:
@@ -132,6 +133,12 @@ class _PublishedNet(nn.Module):
         self.hidden = nn.Linear(inputs, width)
         self.heads = nn.ModuleDict({group: nn.Linear(width, size) for group, size in sizes.items()})
 
+    def head(self, group: str) -> nn.Linear:
+        """Output layer of a shape group."""
+        head = self.heads[group]
+        assert isinstance(head, nn.Linear)
+        return head
+
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.relu(self.hidden(inputs))
 
@@ -148,14 +155,18 @@ class PaperHyperLora(Hypernetwork):
     ) -> None:
         super().__init__(lora, slots, condition_size)
         sizes = {group: self.shape_of(group) for group in self.groups}
-        self.down = _PublishedNet(condition_size + 1, config.hidden_width, {g: s[0] * self.rank for g, s in sizes.items()})
-        self.up = _PublishedNet(condition_size + 1, config.hidden_width, {g: s[1] * self.rank for g, s in sizes.items()})
+        self.down = _PublishedNet(
+            condition_size + 1, config.hidden_width, {g: s[0] * self.rank for g, s in sizes.items()}
+        )
+        self.up = _PublishedNet(
+            condition_size + 1, config.hidden_width, {g: s[1] * self.rank for g, s in sizes.items()}
+        )
         self.position_scale = 1.0 / len(self.slots) if config.position == "scaled" else 1.0
         if config.initialization == "published":
             published_initialization(self)
             return
         for group, (in_features, _) in sizes.items():
-            down, up = self.down.heads[group], self.up.heads[group]
+            down, up = self.down.head(group), self.up.head(group)
             nn.init.normal_(down.weight, std=0.02)
             down.bias.data.copy_(adapter_a_values(self.rank, in_features).T.flatten())
             nn.init.zeros_(up.weight)

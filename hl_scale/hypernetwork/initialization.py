@@ -15,7 +15,7 @@ def adapter_a_values(rank: int, in_features: int) -> Tensor:
 
 
 def published_initialization(network: nn.Module) -> None:
-    """Every weight N(0, 1e-7) (standard deviation), every bias 0, as in the code published with HyperLoRA.
+    """Weights N(0, 1e-7) (standard deviation), biases 0, as in the code published with HyperLoRA.
 
     Gradients of both nets are then near zero at first; with a large learning rate every trunk unit can die, which leaves
     the adapters unconditioned while the loss falls. `dead_unit_share` in the metrics shows it.

@@ -8,6 +8,7 @@ never copied per token: the low-rank part is two batched products with the inter
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,10 +107,7 @@ def _packed(
     """Ragged segments: one base product for all tokens, the low-rank part segment by segment."""
     y = _FrozenLinear.apply(x, source, bias)
     bounds = offsets.tolist()
-    updates = [
-        (x[start:stop] @ a[e].T) @ (b[e].T * scale)
-        for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-    ]
+    updates = [(x[start:stop] @ a[e].T) @ (b[e].T * scale) for e, (start, stop) in enumerate(pairwise(bounds))]
     return y + torch.cat(updates)
 
 
@@ -128,7 +126,7 @@ def _check(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None) -> None:
                          f"{x.device}/{a.device}/{b.device}")  # fmt: skip
     if offsets is not None:
         bounds = offsets.tolist()
-        covers = bounds[0] == 0 and bounds[-1] == x.shape[0] and all(i <= j for i, j in zip(bounds, bounds[1:]))  # noqa: B905
+        covers = bounds[0] == 0 and bounds[-1] == x.shape[0] and all(i <= j for i, j in pairwise(bounds))
         if x.ndim != 2 or len(bounds) != a.shape[0] + 1 or not covers:
             raise ValueError(f"offsets {bounds[:8]} must rise from 0 to T={x.shape[0]} with E + 1 entries; {shapes}")
     elif a.shape[0] != 1 and (x.ndim != 3 or x.shape[0] != a.shape[0]):

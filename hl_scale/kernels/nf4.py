@@ -72,7 +72,9 @@ def quantize_nf4(weight: Tensor, double_quantization: bool = True) -> tuple[Tens
         ValueError: not a matrix, an odd number of elements, or non-finite values.
     """
     if weight.ndim != 2 or weight.numel() == 0 or weight.numel() % 2:
-        raise ValueError(f"NF4 needs a non-empty matrix with an even number of elements, got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"NF4 needs a non-empty matrix with an even number of elements, got shape {tuple(weight.shape)}"
+        )
     flat = weight.detach().reshape(-1).float()
     if not torch.isfinite(flat).all():
         raise ValueError("weight holds NaN or infinite values; the checkpoint it came from is damaged")

@@ -1,6 +1,6 @@
 """Write generated adapters as PEFT directories, which PEFT and vLLM load unchanged.
 
-PEFT multiplies B(Ax) by lora_alpha / r, or by lora_alpha / sqrt(r) with ``use_rslora``. Our three scale conventions map to
+PEFT multiplies B(Ax) by lora_alpha / r, or by lora_alpha / sqrt(r) with ``use_rslora``. Our three scale conventions:
 
     alpha_over_rank       lora_alpha = alpha
     alpha_over_sqrt_rank  lora_alpha = alpha, use_rslora
@@ -241,6 +241,8 @@ def _peft_scale(lora: LoraConfig, rank: int) -> dict[str, Any]:
 
 def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     base = config["base_model_name_or_path"]
+    quantization = facts.get("base_quantization", "none")
+    held = "" if quantization == "none" else f" with its linear layers held in {quantization}"
     auto = "AutoModelForCausalLM" if config["task_type"] == "CAUSAL_LM" else "AutoModel"
     return f"""---
 library_name: peft
@@ -250,9 +252,9 @@ tags: [lora, hypernetwork, hl_scale]
 
 # Adapter for {facts.get("condition", "one condition")}
 
-A LoRA adapter (rank {config["r"]}, scale {facts["scale"]:g}) that an hl_scale hypernetwork generated from a condition, in one
-forward pass. It was trained on top of the base below with its linear layers held in
-{facts.get("base_quantization", "their own precision")}: on other weights of the same base its effect differs a little.
+A LoRA adapter (rank {config["r"]}, scale {facts["scale"]:g}) that an hl_scale hypernetwork generated from a condition,
+in one forward pass. The hypernetwork was trained on the base below{held}; on weights in another precision the
+adapter's effect differs a little.
 
 ```python
 from peft import PeftModel

@@ -1,8 +1,9 @@
 """Merge a generated adapter into a 16-bit checkpoint that any engine serves without knowing about adapters.
 
-The base is the dequantised 4-bit base, W = dequantise(NF4), because that is what the adapter was trained on; merging into
-the original 16-bit weights would add the quantisation error back, re-quantising the merged weights can erase the adapter.
-W + s B A is computed in float32 and rounded once. Tensors are streamed: memory is the 4-bit model plus one tensor.
+The base is the dequantised 4-bit base, W = dequantise(NF4), because that is what the adapter was trained on; merging
+into the original 16-bit weights would add the quantisation error back, and re-quantising the merged weights can erase
+the adapter. W + s B A is computed in float32 and rounded once. Tensors are streamed: writing needs the 4-bit model plus
+one tensor; only the final comparison holds the merged model as well.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 
 MAXIMUM_RELATIVE_DIFFERENCE = 0.1
-"""Bound on rms(merged - adapted) / rms(adapted) of the probe outputs. Rounding stays well below it, a wrong merge does not."""
+"""Bound on rms(merged - adapted) / rms(adapted) of the probe outputs: rounding stays well below it."""
 
 PROBE_TEXTS = (
     "The committee said on Monday that it would publish the report before the end of the year.",
@@ -148,7 +149,8 @@ def check_merged(base: AdaptedModel, factors: LoraFactors, directory: Path) -> M
 
     parameter = next(parameter for parameter in base.model.parameters() if parameter.is_floating_point())
     loader = AutoModelForCausalLM if base.has_head else AutoModel
-    merged, info = loader.from_pretrained(directory, dtype=parameter.dtype, output_loading_info=True)
+    loaded: Any = loader.from_pretrained(directory, dtype=parameter.dtype, output_loading_info=True)
+    merged, info = loaded
     held = {name for name, tensor in base.model.named_parameters() if tensor.device.type != "meta"}
     held |= {f"{path}.weight" for path in base.linears}
     # What the run's base does not hold either, such as an encoder's unused pooler, cannot be missed.
@@ -246,8 +248,8 @@ tags: [hypernetwork, merged-lora, hl_scale]
 
 # {facts["base_model"]} merged with the adapter for {facts["condition"]}
 
-{facts["dtype"]} weights: the dequantised base that the adapter was trained on, plus the adapter, rounded once. On the
-probe sentences the {check.output} differ from the unmerged model's by at most {check.max_difference:.3g}{agreement}; the
+{facts["dtype"]} weights: the dequantised base that the adapter was trained on, plus the adapter, rounded once. On probe
+sentences the {check.output} differ from the unmerged model's by at most {check.max_difference:.3g}{agreement}; the
 adapter itself moves them by up to {check.adapter_effect:.3g}. The licence is that of the base model.
 
 {facts_table(facts)}

@@ -1,7 +1,7 @@
 """Write sharded safetensors files one tensor at a time.
 
-The safetensors library takes all tensors of a file at once. Sizes are known beforehand here, so the header can be written
-first and each tensor appended as it is produced: memory is one tensor, not one shard. The format is an 8-byte
+The safetensors library takes all tensors of a file at once. Sizes are known beforehand here, so the header can be
+written first and each tensor appended as it is produced: memory is one tensor, not one shard. The format is an 8-byte
 little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the raw bytes in order.
 """
 

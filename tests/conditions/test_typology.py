@@ -144,7 +144,7 @@ def test_a_wrong_feature_file_is_refused_with_its_reason(tmp_path, content: str,
 
 @pytest.mark.parametrize("text", ["", "dialect:", "feature:x", "Nigerian English", "features:/nowhere.json"])
 def test_a_condition_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(typology.ConditionError, match="condition|not found"):
+    with pytest.raises(typology.ConditionError, match=r"condition|not found"):
         typology.parse_condition(text)
 
 

@@ -22,9 +22,11 @@ def dictionary(tmp_path: Path) -> Path:
     return folder
 
 
-def test_cmudict_is_written_in_the_form_that_nltk_reads(tmp_path) -> None:
+def test_cmudict_is_written_in_the_form_that_nltk_reads(tmp_path, monkeypatch) -> None:
+    import nltk
     from nltk.corpus.reader.cmudict import CMUDictCorpusReader
 
+    monkeypatch.setattr(nltk.data, "path", [str(resources.nltk_directory(tmp_path)), *nltk.data.path])
     found = resources.ensure_resources(tmp_path, download=False)["cmudict"]
     assert found.available
     pronunciations = CMUDictCorpusReader(str(Path(found.detail).parent), ["cmudict"]).dict()
@@ -66,7 +68,9 @@ def test_without_any_wordnet_every_failed_source_is_named_and_nothing_half_writt
     assert not found.available and not found.required
     for word in ("wordnet-base", "NLTK's downloader", "no network", "fix: apt-get install wordnet-base"):
         assert word in found.detail
-    assert not [path.name for path in (tmp_path / "cache" / "nltk_data" / "corpora").iterdir() if "wordnet" in path.name]
+    assert not [
+        path.name for path in (tmp_path / "cache" / "nltk_data" / "corpora").iterdir() if "wordnet" in path.name
+    ]
 
 
 def test_the_directory_comes_from_the_argument_then_the_environment_then_the_default(monkeypatch, tmp_path) -> None:

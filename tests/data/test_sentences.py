@@ -17,7 +17,9 @@ def numbered(count: int, words: int = 9) -> list[str]:
     return [f"sentence number {number} " + "word " * (words - 3) for number in range(count)]
 
 
-def config(*sources: SentenceSource, training: int = 4, heldout: int = 2, seed: int = 0, **fields: object) -> DataConfig:
+def config(
+    *sources: SentenceSource, training: int = 4, heldout: int = 2, seed: int = 0, **fields: object
+) -> DataConfig:
     return DataConfig(
         directory="unused",
         sources=sources,
@@ -56,9 +58,7 @@ def test_whitespace_is_normalised_duplicates_and_other_lengths_are_dropped(tmp_p
     path = tmp_path / "a.txt"
     path.write_text("a b  c\td\n a b c d \na b c\n a b c d e f\nw x y z\n\n")
     pool = load_sentences(
-        config(
-            SentenceSource(kind="text", path=str(path)), training=1, heldout=1, minimum_words=4, maximum_words=5
-        )
+        config(SentenceSource(kind="text", path=str(path)), training=1, heldout=1, minimum_words=4, maximum_words=5)
     )
     assert sorted(texts(pool)) == ["a b c d", "w x y z"]
 
@@ -136,7 +136,7 @@ def test_a_malformed_file_is_named_with_its_fault(tmp_path, kind: str, content: 
 
 def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(SentenceError, match="no column 'text'[\\s\\S]*there: body"):
+    with pytest.raises(SentenceError, match=r"no column 'text'[\s\S]*there: body"):
         load_sentences(config(SentenceSource(kind="parquet", path=str(tmp_path / "a.parquet"))))
 
 

@@ -19,7 +19,8 @@ from hl_scale.engine.run import LoadedRun
 from hl_scale.hypernetwork import build_hypernetwork
 
 VARIETIES = ("Nigerian English", "Chicano English", "Jamaican English")
-WORDS = "the old man said that she was not sure whether film is any good and they been working here since last summer".split()
+TEXT = "the old man said that she was not sure whether film is any good and they been working here since last summer"
+WORDS = TEXT.split()
 
 
 @dataclass

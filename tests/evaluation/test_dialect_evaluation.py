@@ -187,10 +187,7 @@ def test_delta_gram_equals_the_inner_products_of_formed_updates(make_run):
     run = make_run()
     factors = run.hypernetwork(torch.rand(3, typology.NUM_FEATURES, generator=torch.Generator().manual_seed(1)))
     deltas = torch.cat(
-        [
-            (factors.scale * factors.b[s.path].double() @ factors.a[s.path].double()).flatten(1)
-            for s in factors.slots
-        ],
+        [(factors.scale * factors.b[s.path].double() @ factors.a[s.path].double()).flatten(1) for s in factors.slots],
         dim=1,
     )
     assert delta_gram(factors) == pytest.approx((deltas @ deltas.T).detach().numpy(), rel=1e-9)

@@ -56,7 +56,9 @@ def test_peft_reproduces_the_hidden_states_of_an_encoder(make_run, dense_twin, p
     assert (found - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
-def test_slots_in_some_layers_only_are_named_by_full_path_and_peft_touches_no_other(make_run, dense_twin, probe, tmp_path):
+def test_slots_in_some_layers_only_are_named_by_full_path_and_peft_touches_no_other(
+    make_run, dense_twin, probe, tmp_path
+):
     run = make_run("gemma")
     _, factors = generate_factors(run, CONDITION)
     chosen = tuple(slot for slot in factors.slots if slot.layer == 1 and slot.module != "k_proj")

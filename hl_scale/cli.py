@@ -1,0 +1,163 @@
+"""The `hl-scale` command. Errors a user can mend end with one screen of text and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hl_scale.config import Config, load_config, parse_config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train hypernetworks that generate LoRA adapters for 4-bit language models.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration, for example one of configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, read after the file")]
+RunPath = Annotated[Path, typer.Argument(help="run directory of a training")]
+Condition = Annotated[
+    str, typer.Option("--condition", help='"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1})')
+]
+Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="build anew even if a matching corpus exists")] = False,
+) -> None:
+    """Build the parallel corpus: split, transform by Ray Data, write Parquet shards and a manifest."""
+    from hl_scale.data.corpus import prepare_corpus
+
+    prepared = prepare_corpus(load_config(config, overrides or ()).data, force=force)
+    rows = prepared.manifest["rows"]
+    state = "up to date" if prepared.reused else "written"
+    print(f"corpus {state}: {prepared.directory} ({rows['written']} pairs, {rows['failed']} rows failed)")
+    for rule, reason in prepared.manifest["unavailable_rules"].items():
+        print(f"  rule {rule} cannot fire here: {reason}")
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train in this process alone; for several use `deepspeed launch/train.py` or `launch/ray_train.py`."""
+    from hl_scale.engine.loop import train as run_training
+
+    result = run_training(load_config(config, overrides or ()))
+    print(
+        f"{'interrupted' if result.interrupted else 'done'}: step {result.step}, loss {result.loss:.4f}, {result.checkpoint}"
+    )
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,
+    sentences: Annotated[int | None, typer.Option(help="held-out sentences per dialect; all unless given")] = None,
+    step: Step = None,
+) -> None:
+    """Per-dialect table with intervals and controls; writes evaluation.json, evaluation.md and report.html."""
+    from hl_scale.data.corpus import load_corpus
+    from hl_scale.engine.run import LoadedRun, load_run, write_text
+    from hl_scale.evaluation import evaluate_dialects, markdown_table, render_table, save, write_report
+
+    loaded = load_run(run, step)
+    if sentences is not None:
+        tree = loaded.config.model_dump()
+        tree["evaluation"]["sentences"] = sentences
+        loaded = LoadedRun(loaded.directory, parse_config(tree, "--sentences"), loaded.base, loaded.hypernetwork, loaded.step)
+    other = load_run(control, base=loaded.base) if control is not None else None
+    result = evaluate_dialects(loaded, load_corpus(loaded.config.data.directory), control=other)
+    save(result, run)
+    write_text(run / "evaluation.md", markdown_table(result))
+    # A table is wider than a pipe's 80 columns.
+    Console(width=None if sys.stdout.isatty() else 200).print(render_table(result))
+    print(f"saved: {run / 'evaluation.json'}, {run / 'evaluation.md'}")
+    print(f"report: {write_report(run)}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    condition: Condition,
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    step: Step = None,
+    force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
+) -> None:
+    """Write the adapter of one condition as a PEFT directory."""
+    from hl_scale.engine.run import load_run
+    from hl_scale.serving import generate_adapter
+
+    print(f"adapter: {generate_adapter(load_run(run, step), condition, out, force=force)}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    condition: Condition,
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the base, in 16 bits")] = False,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    step: Step = None,
+    force: Annotated[bool, typer.Option(help="replace a checkpoint written earlier")] = False,
+) -> None:
+    """Write a merged checkpoint that transformers loads without this package."""
+    from hl_scale.engine.run import load_run
+    from hl_scale.serving import merge_adapter
+
+    if not merged:
+        raise ValueError("export writes merged checkpoints: add --merged (an adapter alone is `hl-scale generate`)")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"--dtype {dtype} is not one of bfloat16, float16, float32")
+    written: Any = merge_adapter(load_run(run, step), condition, out, dtype=dtype, force=force)  # type: ignore[arg-type]
+    print(f"merged checkpoint: {written.directory}")
+    print(f"  check against the run: {written.check}")
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write report.html again from metrics.jsonl and evaluation.json."""
+    from hl_scale.evaluation import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+@app.command()
+def varieties() -> None:
+    """List the varieties of English that have a feature vector."""
+    from hl_scale.conditions import typology
+
+    for name in typology.varieties():
+        print(f"{int((typology.vector(name) > 0).sum()):4d} features  {name}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration, with the help text of every key."""
+    print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
