@@ -17,19 +17,22 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 
-_NAME = re.compile(r"step-(\d{6,})$")
+_NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 1
 
 
@@ -50,7 +53,7 @@ class Checkpoint:
 
 
 def save(directory: Path, engine: Any, step: int, world: World, keep: int, details: dict[str, Any]) -> Path:
-    """Write one checkpoint; collective.
+    """Write one checkpoint, or nothing; collective.
 
     Args:
         directory: the run's `checkpoints` directory, shared by all ranks.
@@ -58,48 +61,80 @@ def save(directory: Path, engine: Any, step: int, world: World, keep: int, detai
         step: optimizer steps done.
         world: this process.
         keep: newest checkpoints kept afterwards.
-        details: JSON values added to the manifest (fingerprints, seed).
+        details: JSON values added to the manifest (fingerprints, seed, skipped steps, loss).
+
+    Raises:
+        CheckpointError: a rank could not write its part; raised on all of them.
     """
     final = directory / f"step-{step:06d}"
     staging = directory / f".step-{step:06d}.tmp"
-    if world.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
+    try:
+        with zero3.together(world), _writing(staging):
+            if world.is_main:
+                for stale in directory.glob(".step-*.tmp"):  # of a process that was killed
+                    shutil.rmtree(stale)
+                staging.mkdir(parents=True)
+        with zero3.together(world), _writing(staging):
+            entry = _write_shard(staging, engine, world)
+        entries: list[Any] = [None] * world.size
+        dist.all_gather_object(entries, entry)
+        with zero3.together(world), _writing(staging):
+            if world.is_main:
+                manifest = {
+                    "format": FORMAT,
+                    "step": step,
+                    "world_size": world.size,
+                    "shapes": zero3.full_shapes(engine.module),
+                    "shards": entries,
+                    **details,
+                }
+                _commit(staging, final, manifest)
+                # Newer ones, if any, were passed over as damaged when this run resumed: they do not count.
+                for old in [path for path in find(directory) if _step_of(path) <= step][:-keep]:
+                    shutil.rmtree(old)
+    finally:
+        if world.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def _write_shard(staging: Path, engine: Any, world: World) -> dict[str, Any]:
+    """Write this rank's partition and force it to disk; its manifest entry."""
     shard = staging / f"rank-{world.rank:04d}-of-{world.size:04d}.safetensors"
     partitions = zero3.local_partitions(engine)
     save_file({f"{name}|{kind}": t for name, kinds in partitions.items() for kind, t in kinds.items()}, shard)
     _flush(shard)
-    entry = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
-    entries: list[Any] = [None] * world.size
-    dist.all_gather_object(entries, entry)
-    if world.is_main:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": world.size,
-            "shapes": zero3.full_shapes(engine.module),
-            "shards": entries,
-            **details,
-        }
-        _write_json(staging / "manifest.json", manifest)
-        _flush(staging)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(staging, final)
-        _flush(directory)
-        for old in find(directory)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    return {"name": shard.name, "bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+
+
+def _commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest and move the directory to its name."""
+    _write_json(staging / "manifest.json", manifest)
+    _flush(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(staging, final)
+    _flush(final.parent)
+
+
+@contextmanager
+def _writing(staging: Path) -> Iterator[None]:
+    """Turn a failed write into a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {staging.name} was not written: {error}\n"
+            "  fix: free space or correct the permissions; earlier checkpoints are intact, run the same command to go on"
+        ) from error
 
 
 def find(directory: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     if not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if _NAME.search(path.name) and (path / "manifest.json").is_file()]
-    return sorted(found, key=lambda path: int(_NAME.search(path.name).group(1)))  # type: ignore[union-attr]
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and (path / "manifest.json").is_file()]
+    return sorted(found, key=_step_of)
 
 
 def newest(directory: Path, step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -110,7 +145,7 @@ def newest(directory: Path, step: int | None = None) -> tuple[Checkpoint | None,
     """
     problems: list[str] = []
     for path in reversed(find(directory)):
-        if step is not None and int(path.name.removeprefix("step-")) != step:
+        if step is not None and _step_of(path) != step:
             continue
         try:
             return verify(path), problems
@@ -131,12 +166,13 @@ def verify(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}/manifest.json cannot be read: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+        form = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/manifest.json cannot be read: {error!r}") from None
+    if form != FORMAT:
+        raise CheckpointError(f"{path} has format {form}, this version reads {FORMAT}")
     for entry in manifest["shards"]:
-        shard = path / Path(entry["name"]).name
+        shard = _shard_path(path, entry)
         if not shard.is_file():
             raise CheckpointError(f"{shard} is missing; use an older checkpoint or restore the file")
         if shard.stat().st_size != entry["bytes"] or file_sha256(shard) != entry["sha256"]:
@@ -148,7 +184,7 @@ def read_full(
     checkpoint: Checkpoint, kinds: tuple[str, ...] = ("master", *zero3.MOMENTS)
 ) -> dict[str, dict[str, Tensor]]:
     """Whole flat float32 tensors per parameter and kind, put together from all shards and trimmed of padding."""
-    shards = [load_file(checkpoint.directory / entry["name"]) for entry in checkpoint.manifest["shards"]]
+    shards = [load_file(_shard_path(checkpoint.directory, entry)) for entry in checkpoint.manifest["shards"]]
     full: dict[str, dict[str, Tensor]] = {}
     for name, shape in checkpoint.manifest["shapes"].items():
         count = int(torch.Size(shape).numel())
@@ -175,6 +211,15 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, full: dict[str, dict
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(full[name]["master"].view(parameter.shape))
+
+
+def _shard_path(directory: Path, entry: dict[str, Any]) -> Path:
+    """A shard's file; a manifest cannot point outside its directory."""
+    return directory / Path(entry["name"]).name
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def file_sha256(path: Path) -> str:

@@ -83,14 +83,13 @@ def load_run(
     return LoadedRun(directory, config, base, hypernetwork, found.step)
 
 
-def open_run_directory(config: Config) -> Path:
-    """Create the directory, or check that it belongs to the same run.
+def check_run_directory(config: Config) -> None:
+    """Refuse a directory with checkpoints of a run with other settings; writes nothing.
 
     Raises:
-        ConfigError: it holds a run with other settings; lists them.
+        ConfigError: lists the settings that differ.
     """
     directory = Path(config.run.directory)
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.yaml"
     if path.is_file() and checkpoint.find(directory / "checkpoints"):
         differences = _differences(load_config(path, environment={}), config)
@@ -100,9 +99,14 @@ def open_run_directory(config: Config) -> Path:
                 f"{directory} holds a run with other settings:\n{listed}\n"
                 "  fix: choose another run.directory, or remove that one to start over"
             )
-    write_text(path, dump_config(config))
+
+
+def open_run_directory(config: Config) -> None:
+    """Create the directory and write config.yaml and environment.json."""
+    directory = Path(config.run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / "config.yaml", dump_config(config))
     write_text(directory / "environment.json", json.dumps(environment(), indent=1))
-    return directory
 
 
 def environment() -> dict[str, Any]:

@@ -94,8 +94,10 @@ class TargetCache:
             try:
                 with safe_open(path, framework="pt") as file:
                     self._found |= dict.fromkeys(file.keys(), path)
+            except FileNotFoundError:
+                continue  # another rank found it damaged first
             except SafetensorError:
-                path.unlink()  # damaged: computed again
+                path.unlink(missing_ok=True)  # damaged: computed again
 
 
 def tokenize(base: AdaptedModel, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +59,22 @@ class TrainingModule(nn.Module):
         return self._base[0]
 
     def forward(self, batch: AlignmentBatch) -> Tensor:
-        """Mean divergence of the micro-batch, ()."""
+        """Mean divergence of the micro-batch, ().
+
+        States or targets that are not finite give NaN with NaN gradients: the engine then skips the step on all ranks.
+        """
         factors = self.hypernetwork(batch.conditions)
         if factors.conditions != 1 and not _is_identity(batch.condition_index, factors.conditions):
             factors = factors.select(batch.condition_index)
         hidden = self.base.hidden_states(batch.input_ids, batch.attention_mask, factors)
+        if not (_is_finite(hidden) and _is_finite(batch.target)):
+            return hidden.float().sum() * math.nan
         loss, _ = self.objective(hidden, batch.attention_mask, batch.target, batch.target_mask)
-        return loss
+        return loss if _is_finite(loss) else loss * math.nan
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def _is_identity(index: Tensor, conditions: int) -> bool:

@@ -9,6 +9,8 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +57,33 @@ def join_world() -> World:
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+class RankError(ValueError):
+    """Another rank failed; the message is that rank's."""
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """A block that fails on every rank if it fails on one, so that nobody waits for a rank that has left; collective.
+
+    Only errors a user can mend are shared: ValueError and OSError. The block itself must not hold collectives.
+
+    Raises:
+        RankError: another rank failed and this one did not.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    messages: list[str | None] = [None] * world.size
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RankError(f"rank {rank}: {message}")
 
 
 def deepspeed_config(
@@ -138,8 +167,8 @@ def full_shapes(module: nn.Module) -> dict[str, list[int]]:
     }
 
 
-def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], step: int, world: World) -> None:
-    """Set master weights, moments and Adam's step count from whole flat tensors, whatever world size wrote them.
+def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], updates: int, world: World) -> None:
+    """Set master weights, moments and Adam's count of updates from whole flat tensors, whatever world size wrote them.
 
     The module's own values must already be the same weights (they are loaded before the engine is built).
     """
@@ -148,7 +177,7 @@ def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], step: in
     optimizer = engine.optimizer
     for flat in optimizer.fp32_partitioned_groups_flat:
         optimizer.optimizer.state[flat] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(updates)),
             **{moment: torch.zeros_like(flat) for moment in MOMENTS},
         }
     for name, parameter in trainable_parameters(engine.module).items():
