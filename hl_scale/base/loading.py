@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hl_scale.base.adapted import AdaptedModel, BaseModelError
@@ -43,22 +43,29 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
 
     directory = resolve_model(base)
     trust: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
-    config = AutoConfig.from_pretrained(directory, **trust)
+    try:
+        config = AutoConfig.from_pretrained(directory, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{directory} does not hold a usable model configuration and tokenizer: {str(error).splitlines()[0][:200]}\n"
+            "  fix: it needs config.json and the tokenizer files next to the .safetensors weights"
+        ) from None
+    model_class = _model_class(base, config)
     config = getattr(config, "text_config", config)
     with init_empty_weights(include_buffers=False):
-        model = _model_class(base, config).from_config(config, **trust)
+        model = model_class.from_config(config, **trust)
     dtype = getattr(torch, base.compute_dtype)
     digest = hashlib.sha256(json.dumps([base.quantization, base.double_quantization, base.compute_dtype]).encode())
     for name, tensor in stream_tensors(directory, model):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         _place(model, name, tensor.to(device), dtype, base)
     model.tie_weights()
     _replace_linears(model, base)
     _check_complete(model, directory)
     _freeze(model, base)
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
     return AdaptedModel(model, tokenizer, lora, digest.hexdigest())
 
 
@@ -105,17 +112,28 @@ def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Ten
             f"{directory} holds no .safetensors weights (pickled .bin files are not read)\n"
             "  fix: convert them with save_pretrained, or choose a revision that ships safetensors"
         )
-    known = set(dict(model.named_parameters())) | set(dict(model.named_buffers()))
+    shapes = {name: value.shape for name, value in (*model.named_parameters(), *model.named_buffers())}
     prefix = getattr(model, "base_model_prefix", "") + "."
     for file in files:
-        with safe_open(file, framework="pt") as shard:
+        try:
+            shard = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise BaseModelError(f"{file} is damaged: {error}\n  fix: delete it and fetch the model again") from None
+        with shard:
             for key in sorted(shard.keys()):
-                name = _match(key, prefix, known)
-                if name is not None:
-                    yield name, shard.get_tensor(key)
+                name = _match(key, prefix, shapes)
+                if name is None:
+                    continue
+                tensor = shard.get_tensor(key)
+                if tensor.shape != shapes[name]:
+                    raise BaseModelError(
+                        f"{file}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shapes[name])}"
+                        "\n  fix: weights and config.json must come from the same model"
+                    )
+                yield name, tensor
 
 
-def _match(key: str, prefix: str, known: set[str]) -> str | None:
+def _match(key: str, prefix: str, known: Container[str]) -> str | None:
     """Name of a stored tensor in the model; None for tensors the model does not use (pooling or unused heads)."""
     renamed = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     for candidate in (renamed, renamed.removeprefix(prefix), prefix + renamed, renamed.replace("language_model.", "")):
@@ -149,11 +167,12 @@ def _place(model: Any, name: str, tensor: Tensor, dtype: torch.dtype, base: Base
     parent, attribute = _parent(model, name)
     if attribute == "weight" and _is_quantizable(model, parent):
         # Keep the old layer's bias, still empty if it has not arrived; it is placed on the new layer when it does.
-        _swap(
-            model,
-            name.removesuffix(".weight"),
-            _adaptable(tensor, parent.get_parameter("bias") if parent.bias is not None else None, base, dtype),
-        )
+        bias = parent.get_parameter("bias") if parent.bias is not None else None
+        try:
+            layer = _adaptable(tensor, bias, base, dtype)
+        except ValueError as error:
+            raise BaseModelError(f"{name} cannot be quantised: {error}\n  fix: fetch the model again") from None
+        _swap(model, name.removesuffix(".weight"), layer)
         return
     value = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if attribute in parent._buffers:

@@ -88,6 +88,9 @@ class QuantizedLinear(AdaptableLinear):
         }
         if found["absmax"] is not None:
             self.constants = BlockConstants(self.constants.shape, **found)
+        else:  # new bytes with old constants would be another weight
+            missing_keys: list[str] = args[2]
+            missing_keys.append(f"{prefix}constants.absmax")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

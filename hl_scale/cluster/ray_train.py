@@ -23,7 +23,8 @@ def train_on_ray(config: Config) -> dict[str, Any]:
         Metrics of the last report: step, loss.
 
     Raises:
-        ConfigError: more than one node and no shared storage.
+        ConfigError: more than one node and no shared storage, or a worker met something the user has to mend, which no
+            retry would.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -58,7 +59,10 @@ def train_on_ray(config: Config) -> dict[str, Any]:
                 worker_runtime_env={"env_vars": _worker_environment(config)},
             ),
         )
-        return dict(trainer.fit().metrics or {})
+        metrics = dict(trainer.fit().metrics or {})
+        if "error" in metrics:
+            raise ConfigError(metrics["error"])
+        return metrics
     finally:
         if started:
             ray.shutdown()
@@ -107,6 +111,10 @@ def _worker(tree: dict[str, Any]) -> None:
         ray.train.report({"step": step, "loss": metrics["loss"], "checkpoint": str(directory)})
 
     config = parse_config(tree)
-    result = train(config, on_checkpoint=report)
+    try:
+        result = train(config, on_checkpoint=report)
+    except ValueError as error:  # on all workers alike: reported instead of raised, so that Ray does not try again
+        ray.train.report({"error": str(error)})
+        return
     if result.step == config.training.steps:
         ray.train.report({"step": result.step, "loss": result.loss, "checkpoint": str(result.checkpoint)})

@@ -51,6 +51,16 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps among them that changed nothing because a number was not finite; Adam did not count those."""
+        return int(self.manifest.get("skipped_steps", 0))
+
+    @property
+    def loss(self) -> float:
+        """Loss of the last step."""
+        return float(self.manifest.get("loss", "nan"))
+
 
 def save(directory: Path, engine: Any, step: int, world: World, keep: int, details: dict[str, Any]) -> Path:
     """Write one checkpoint, or nothing; collective.
@@ -125,7 +135,7 @@ def _writing(staging: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {staging.name} was not written: {error}\n"
-            "  fix: free space or correct the permissions; earlier checkpoints are intact, run the same command to go on"
+            "  fix: free space or correct the permissions; earlier checkpoints are intact: run the same command again"
         ) from error
 
 

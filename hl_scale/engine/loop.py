@@ -25,7 +25,7 @@ from hl_scale.data.corpus import Corpus, Pair, load_corpus
 from hl_scale.data.sampling import BatchPlan, GlobalSampler, plan_batches
 from hl_scale.engine import checkpoint, zero3
 from hl_scale.engine.progress import Reporter, check_loggers
-from hl_scale.engine.run import open_run_directory
+from hl_scale.engine.run import check_run_directory, open_run_directory
 from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
 from hl_scale.engine.zero3 import World
@@ -33,7 +33,7 @@ from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.objectives.alignment import AlignmentObjective
 
 
-class TrainingAborted(RuntimeError):
+class TrainingAborted(ValueError):
     """Training stopped because its numbers were no longer finite."""
 
 
@@ -67,103 +67,107 @@ def train(
     check_loggers(config.training.loggers)
     world = zero3.join_world()
     plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world.size)
-    directory = Path(config.run.directory)
-    if world.is_main:
-        open_run_directory(config)
-    corpus = load_corpus(config.data.directory)
-    base = load_base(config.base, config.lora, world.device)
     objective = AlignmentObjective(config.objective)
-    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens)
+    with zero3.together(world):
+        inputs = _load_inputs(config, world)
+    with zero3.together(world):
+        if world.is_main:
+            open_run_directory(config)
+    base, found = inputs.base, inputs.found
     targets = TargetCache(Path(f"{config.data.directory}-targets"), base, objective)
-    targets.prepare([pair.standard for pair in corpus.train], world, _report_targets if world.is_main else None)
+    targets.prepare([pair.standard for pair in inputs.pairs], world, _report_targets if world.is_main else None)
 
     torch.manual_seed(config.run.seed)
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
     module = TrainingModule(hypernetwork, base, objective, config.base.placement == "zero3").to(world.device)
-    found, problems = checkpoint.newest(directory / "checkpoints")
-    full = checkpoint.read_full(found) if found is not None else None
-    if found is not None and full is not None:
-        _check_origin(found, base, corpus)
+    full = checkpoint.read_full(found) if found is not None else {}
+    if found is not None:
         checkpoint.load_weights(module, found, full)
     engine = zero3.build_engine(module, config.base, config.training, config.zero3, plan)
-    start = 0
-    if found is not None and full is not None:
-        start = found.step
-        zero3.restore_partitions(engine, full, start, world)
-        del full
-    loop = _Loop(config, world, plan, engine, base, corpus.train, targets, lengths)
-    reporter = None
-    if world.is_main:
-        reporter = Reporter(
-            directory, config.training.steps, start, config.training.loggers, config.model_dump(mode="json")
-        )
-        for problem in problems:
-            reporter.say(f"checkpoint passed over: {problem}")
-        if start:
-            reporter.say(f"resuming from step {start}")
-    details = {
-        "base_fingerprint": base.fingerprint,
-        "data_fingerprint": corpus_fingerprint(corpus),
-        "seed": config.run.seed,
-    }
+    if found is not None:
+        zero3.restore_partitions(engine, full, found.step - found.skipped_steps, world)
+    del full
+    reporter = _open_reporter(config, inputs) if world.is_main else None
     try:
-        return loop.run(start, directory, details, reporter, on_checkpoint, stop_at)
+        return _Loop(config, world, plan, engine, inputs, targets).run(reporter, on_checkpoint, stop_at)
     finally:
         base.detach_factors()
         if reporter is not None:
             reporter.close()
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What training reads: base, pairs and their order, the checkpoint to go on from, and what was passed over."""
+
+    base: AdaptedModel
+    pairs: list[Pair]
+    sampler: GlobalSampler
+    data_fingerprint: str
+    found: checkpoint.Checkpoint | None
+    problems: list[str]
+
+
+def _load_inputs(config: Config, world: World) -> _Inputs:
+    """Read and check everything, writing nothing; raises ValueErrors that say what to mend."""
+    training = config.training
+    check_run_directory(config)
+    corpus = load_corpus(config.data.directory)
+    base = load_base(config.base, config.lora, world.device)
+    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
+    sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
+    found, problems = checkpoint.newest(Path(config.run.directory) / "checkpoints")
+    inputs = _Inputs(base, corpus.train, sampler, corpus_fingerprint(corpus), found, problems)
+    if found is not None:
+        _check_origin(found, inputs)
+    return inputs
+
+
+def _open_reporter(config: Config, inputs: _Inputs) -> Reporter:
+    training, start = config.training, inputs.found.step if inputs.found is not None else 0
+    reporter = Reporter(
+        Path(config.run.directory), training.steps, start, training.loggers, config.model_dump(mode="json")
+    )
+    for problem in inputs.problems:
+        reporter.say(f"checkpoint passed over: {problem}")
+    if start:
+        reporter.say(f"resuming from step {start}")
+    return reporter
+
+
 class _Loop:
     """State of one call to `train`."""
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        plan: BatchPlan,
-        engine: Any,
-        base: AdaptedModel,
-        pairs: list[Pair],
-        targets: TargetCache,
-        lengths: list[int],
+        self, config: Config, world: World, plan: BatchPlan, engine: Any, inputs: _Inputs, targets: TargetCache
     ) -> None:
         self.config, self.world, self.plan, self.engine = config, world, plan, engine
-        self.base, self.pairs, self.targets = base, pairs, targets
-        training = config.training
-        self.sampler = GlobalSampler(
-            lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches
-        )
+        self.inputs, self.targets = inputs, targets
+        self.skipped_steps = inputs.found.skipped_steps if inputs.found is not None else 0
         self.consecutive_skips = 0
         self.interrupted = False
 
     def run(
         self,
-        start: int,
-        directory: Path,
-        details: dict[str, Any],
         reporter: Reporter | None,
         on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None,
         stop_at: int | None,
     ) -> TrainingResult:
-        training = self.config.training
-        last = checkpoint.newest(directory / "checkpoints")[0] if start else None
-        saved = last.directory if last is not None else directory
-        metrics: dict[str, float] = {"loss": float("nan")}
-        step = start
+        training, found = self.config.training, self.inputs.found
+        saved = found.directory if found is not None else Path(self.config.run.directory)
+        metrics = {"loss": found.loss if found is not None else math.nan}
+        step = found.step if found is not None else 0
         end = min(training.steps, stop_at) if stop_at is not None else training.steps
         with _stop_on_signal() as stop_requested:
             while step < end:
-                metrics = self.step(step, stop_requested())
+                metrics = self.step(step, stop_requested)
                 step += 1
                 if reporter is not None:
                     reporter.show(step, metrics)
                     if step % training.log_every == 0 or step == end:
                         reporter.log(step, metrics)
                 if step % training.save_every == 0 or step == end or self.interrupted:
-                    saved = checkpoint.save(
-                        directory / "checkpoints", self.engine, step, self.world, training.keep_checkpoints, details
-                    )
+                    saved = self.save(step, metrics["loss"])
                     if on_checkpoint is not None:
                         on_checkpoint(step, saved, metrics)
                 if self.interrupted:
@@ -172,15 +176,31 @@ class _Loop:
                     break
         return TrainingResult(step, metrics["loss"], self.interrupted, saved)
 
-    def step(self, step: int, stop_requested: bool) -> dict[str, float]:
-        """One optimizer step on global batch number `step`; returns metrics that are equal on every rank."""
+    def save(self, step: int, loss: float) -> Path:
+        """Commit a checkpoint after `step` optimizer steps; collective."""
+        details = {
+            "base_fingerprint": self.inputs.base.fingerprint,
+            "data_fingerprint": self.inputs.data_fingerprint,
+            "seed": self.config.run.seed,
+            "skipped_steps": self.skipped_steps,
+            "loss": loss,
+        }
+        directory = Path(self.config.run.directory) / "checkpoints"
+        return checkpoint.save(directory, self.engine, step, self.world, self.config.training.keep_checkpoints, details)
+
+    def step(self, step: int, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        """One optimizer step on global batch number `step`; returns metrics that are equal on every rank.
+
+        Raises:
+            TrainingAborted: too many steps in a row were skipped; on every rank at once.
+        """
         started = time.perf_counter()
         training = self.config.training
         rate = learning_rate(training, step)
         zero3.set_learning_rate(self.engine, rate)
         skipped_before = self.engine.skipped_steps
         loss_sum, tokens = 0.0, 0
-        for samples in self.sampler.micro_batches(step, self.world.rank, self.plan):
+        for samples in self.inputs.sampler.micro_batches(step, self.world.rank, self.plan):
             batch = self.collate(samples).to(self.world.device)
             loss = self.engine(batch)
             self.engine.backward(loss)
@@ -188,10 +208,11 @@ class _Loop:
             loss_sum += loss.item() / self.plan.accumulation
             tokens += int(batch.attention_mask.sum())
         loss_sum, token_sum, stops = zero3.reduce_sum(
-            [loss_sum / self.world.size, float(tokens), float(stop_requested)], self.world
+            [loss_sum / self.world.size, float(tokens), float(stop_requested())], self.world
         )
         self.interrupted = stops > 0
-        skipped = self.engine.skipped_steps > skipped_before or not math.isfinite(loss_sum)
+        skipped = self.engine.skipped_steps > skipped_before
+        assert skipped or math.isfinite(loss_sum), "the engine applied a step whose loss is not finite"
         self._count_skips(skipped, step, loss_sum)
         seconds = time.perf_counter() - started
         hypernetwork = self.engine.module.hypernetwork
@@ -202,7 +223,7 @@ class _Loop:
             "tokens": token_sum,
             "tokens_per_second": token_sum / seconds,
             "seconds": seconds,
-            "skipped_steps": float(self.engine.skipped_steps),
+            "skipped_steps": float(self.skipped_steps),
             "dead_unit_share": hypernetwork.dead_unit_share,
         }
         if hypernetwork.trunk_gradient_norm is not None:
@@ -211,8 +232,8 @@ class _Loop:
 
     def collate(self, samples: np.ndarray) -> AlignmentBatch:
         """Sample numbers to a padded micro-batch with its distinct conditions."""
-        pairs = [self.pairs[int(sample)] for sample in samples]
-        input_ids, attention_mask = tokenize(self.base, [pair.dialect for pair in pairs])
+        pairs = [self.inputs.pairs[int(sample)] for sample in samples]
+        input_ids, attention_mask = tokenize(self.inputs.base, [pair.dialect for pair in pairs])
         clouds = [self.targets.get(pair.standard) for pair in pairs]
         target = torch.nn.utils.rnn.pad_sequence(clouds, batch_first=True)
         sizes = torch.tensor([len(cloud) for cloud in clouds])
@@ -229,9 +250,10 @@ class _Loop:
         )
 
     def _count_skips(self, skipped: bool, step: int, loss: float) -> None:
+        self.skipped_steps += skipped
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         if self.consecutive_skips >= self.config.training.maximum_consecutive_skips:
-            pair_ids = [self.pairs[int(sample)].pair_id for sample in self.sampler.batch(step)]
+            pair_ids = [self.inputs.pairs[int(sample)].pair_id for sample in self.inputs.sampler.batch(step)]
             raise TrainingAborted(
                 f"step {step + 1}: loss {loss}, {self.consecutive_skips} non-finite steps in a row; "
                 f"they changed no weight. Pairs of the last batch: {pair_ids}\n"
@@ -252,11 +274,12 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.learning_rate * (floor + (1 - floor) * remaining)
 
 
-def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int) -> list[int]:
+def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int, minimum_tokens: int = 1) -> list[int]:
     """Tokens of each dialect sentence.
 
     Raises:
-        ConfigError: a pair is longer than `maximum_tokens` or the model's context, or empty.
+        ConfigError: a sentence is longer than `maximum_tokens` or the model's context, or has fewer than
+            `minimum_tokens`, so that none is left to align.
     """
     limit = min(maximum_tokens, base.context_length)
     dialect = [len(ids) for ids in base.tokenizer([pair.dialect for pair in pairs])["input_ids"]]
@@ -265,8 +288,14 @@ def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int) ->
         if max(own, other) > limit:
             raise ConfigError(
                 f"pair {pair.pair_id} has {max(own, other)} tokens, more than {limit} "
-                f"(data.maximum_tokens = {maximum_tokens}, context of the base = {base.context_length}): {pair.dialect[:60]!r}\n"
+                f"(data.maximum_tokens = {maximum_tokens}, context of the base = {base.context_length}): "
+                f"{pair.dialect[:60]!r}\n"
                 "  fix: raise data.maximum_tokens, or lower data.maximum_words and prepare again"
+            )
+        if min(own, other) < minimum_tokens:
+            raise ConfigError(
+                f"pair {pair.pair_id} has a sentence of {min(own, other)} tokens where {minimum_tokens} are needed: "
+                f"{pair.standard[:60]!r} / {pair.dialect[:60]!r}\n  fix: prepare again without empty sentences"
             )
     return dialect
 
@@ -276,8 +305,9 @@ def corpus_fingerprint(corpus: Corpus) -> str:
     return str(corpus.manifest["fingerprint"])
 
 
-def _check_origin(found: checkpoint.Checkpoint, base: AdaptedModel, corpus: Corpus) -> None:
-    for name, now in (("base_fingerprint", base.fingerprint), ("data_fingerprint", corpus_fingerprint(corpus))):
+def _check_origin(found: checkpoint.Checkpoint, inputs: _Inputs) -> None:
+    current = {"base_fingerprint": inputs.base.fingerprint, "data_fingerprint": inputs.data_fingerprint}
+    for name, now in current.items():
         if found.manifest[name] != now:
             raise checkpoint.CheckpointError(
                 f"{found.directory} was trained with {name} {found.manifest[name][:12]}, now it is {now[:12]}\n"

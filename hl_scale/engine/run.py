@@ -69,8 +69,8 @@ def load_run(
     base = load_base(config.base, config.lora, device) if base is None else base
     if found.manifest["base_fingerprint"] != base.fingerprint:
         raise checkpoint.CheckpointError(
-            f"{found.directory} was trained on base {found.manifest['base_fingerprint'][:12]}, but base.model now gives "
-            f"{base.fingerprint[:12]}\n  fix: restore the model revision or the quantisation settings of that run"
+            f"{found.directory} was trained on base {found.manifest['base_fingerprint'][:12]}, but base.model "
+            f"now gives {base.fingerprint[:12]}\n  fix: restore the model revision or the quantisation settings of that run"
         )
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
     weights = {

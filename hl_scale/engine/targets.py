@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from hl_scale.engine.zero3 import World
 from hl_scale.objectives.alignment import AlignmentObjective
 
 TEXTS_PER_CHUNK = 128
+CLOUDS_IN_MEMORY = 4096
 
 
 class TargetCache:
@@ -38,7 +40,7 @@ class TargetCache:
         self.base = base
         self.objective = objective
         self._found: dict[str, Path] = {}
-        self._memory: dict[str, Tensor] = {}
+        self._read = lru_cache(maxsize=CLOUDS_IN_MEMORY)(self._load)
 
     def prepare(self, texts: Sequence[str], world: World, report: Callable[[int, int], None] | None = None) -> None:
         """Compute what is missing, the chunks shared out over the ranks; collective.
@@ -63,11 +65,11 @@ class TargetCache:
 
     def get(self, text: str) -> Tensor:
         """(M, D) normalised states without the tokens the objective leaves out; float32."""
-        key = text_key(text)
-        if key not in self._memory:
-            with safe_open(self._found[key], framework="pt") as file:
-                self._memory[key] = file.get_tensor(key)
-        return self._memory[key].float()
+        return self._read(text_key(text)).float()
+
+    def _load(self, key: str) -> Tensor:
+        with safe_open(self._found[key], framework="pt") as file:
+            return file.get_tensor(key)
 
     def _write(self, texts: list[str], device: torch.device) -> None:
         clouds: dict[str, Tensor] = {}

@@ -185,7 +185,7 @@ class PaperHyperLora(Hypernetwork):
             ),
             dim=-1,
         )
-        down, up = self.watch_trunk(self.down(inputs)), self.up(inputs)
+        down, up = self.watch_trunk(torch.cat((self.down(inputs), self.up(inputs)), dim=-1)).chunk(2, dim=-1)
         a, b = {}, {}
         for group, indices in self.groups.items():
             in_features, out_features = self.shape_of(group)

@@ -125,8 +125,8 @@ def _check(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None) -> None:
         raise ValueError(f"x, A and B must share dtype and device, got {x.dtype}/{a.dtype}/{b.dtype} on "
                          f"{x.device}/{a.device}/{b.device}")  # fmt: skip
     if offsets is not None:
-        bounds = offsets.tolist()
-        covers = bounds[0] == 0 and bounds[-1] == x.shape[0] and all(i <= j for i, j in pairwise(bounds))
+        bounds = offsets.tolist() if offsets.ndim == 1 else []
+        covers = bool(bounds) and bounds[0] == 0 and bounds[-1] == x.shape[0] and all(i <= j for i, j in pairwise(bounds))
         if x.ndim != 2 or len(bounds) != a.shape[0] + 1 or not covers:
             raise ValueError(f"offsets {bounds[:8]} must rise from 0 to T={x.shape[0]} with E + 1 entries; {shapes}")
     elif a.shape[0] != 1 and (x.ndim != 3 or x.shape[0] != a.shape[0]):

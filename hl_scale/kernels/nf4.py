@@ -141,7 +141,7 @@ def _scale_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     padding = -flat.numel() % block_size
     blocks = torch.nn.functional.pad(flat, (0, padding)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]).clamp_(-1, 1)
     return scaled.view(-1)[: flat.numel()], absmax
 
 

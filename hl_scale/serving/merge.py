@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 
-MAXIMUM_RELATIVE_DIFFERENCE = 0.1
+MAXIMUM_RELATIVE_DIFFERENCE = 0.05
 """Bound on rms(merged - adapted) / rms(adapted) of the probe outputs: rounding stays well below it."""
 
 PROBE_TEXTS = (
