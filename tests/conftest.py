@@ -81,7 +81,9 @@ def write_tiny_corpus() -> Callable[..., Path]:
         zeros = np.zeros(typology.NUM_FEATURES, np.float32)
         for sentence, words in enumerate(_sentences(20, seed=1)):
             split = "train" if sentence < 12 else "heldout"
-            table.append({"sentence_id": sentence, "split": split, "index": sentence, "source": 0, "text": " ".join(words)})
+            table.append(
+                {"sentence_id": sentence, "split": split, "index": sentence, "source": 0, "text": " ".join(words)}
+            )
             if split == "heldout":
                 heldout += [pair(0, sentence, name, typology.vector(name), words, rng) for name in VARIETIES]
                 continue
@@ -224,9 +226,9 @@ def deepspeed_run(
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def single_process() -> Iterator[None]:
-    """Lets a test call `train` in this process: the variables its process group sets are taken back afterwards."""
+    """Lets tests call `train` in this process: the variables its process group sets are taken back afterwards."""
     before = dict(os.environ)
     yield
     for name in _RENDEZVOUS:

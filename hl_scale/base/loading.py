@@ -74,7 +74,10 @@ def adapt_model(
 ) -> AdaptedModel:
     """Wrap a transformers model that is already in memory; its linear layers are replaced in place."""
     _replace_linears(model, base)
-    model.to(getattr(torch, base.compute_dtype))
+    dtype = getattr(torch, base.compute_dtype)
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     _freeze(model, base)
     return AdaptedModel(model, tokenizer, lora, fingerprint)
 

@@ -70,7 +70,8 @@ def load_run(
     if found.manifest["base_fingerprint"] != base.fingerprint:
         raise checkpoint.CheckpointError(
             f"{found.directory} was trained on base {found.manifest['base_fingerprint'][:12]}, but base.model "
-            f"now gives {base.fingerprint[:12]}\n  fix: restore the model revision or the quantisation settings of that run"
+            f"now gives {base.fingerprint[:12]}\n"
+            "  fix: restore the model revision or the quantisation settings of that run"
         )
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
     weights = {

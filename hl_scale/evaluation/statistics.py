@@ -144,5 +144,5 @@ class SentenceBootstrap:
         defined = resampled[~np.isnan(resampled)]
         if defined.size == 0:
             raise ValueError("no resample has a positive denominator: too few sentences differ from the base")
-        low, high = np.percentile(defined, [5.0, 95.0])
+        low, high = np.percentile(defined, [2.5, 97.5])
         return Estimate(float(value), float(low), float(high), int(defined.size))

@@ -85,7 +85,7 @@ def make_run(tmp_path):
             {
                 "run": {"directory": str(directory)},
                 "base": {"model": "example/tiny", "compute_dtype": "float32"},
-                "lora": {"rank": 4, "alpha": 4.0, "target_modules": ["q_proj", "v_proj"]},
+                "lora": {"rank": 4, "alpha": 6.0, "target_modules": ["q_proj", "v_proj"]},
                 "data": {
                     "directory": "data",
                     "sources": [{"kind": "text", "path": "unused.txt"}],

@@ -16,6 +16,8 @@ from hl_scale.data.corpus import Pair
 from hl_scale.evaluation import EvaluationError, evaluate_dialects, save
 from hl_scale.evaluation.controls import CONTROLS, TrainingConditions, condition_vectors, wrong_variety
 from hl_scale.evaluation.measurement import Measurer, cloud_statistics, delta_gram
+from hl_scale.evaluation.statistics import SentenceBootstrap
+from hl_scale.evaluation.summaries import DialectValues, added_divergence
 from hl_scale.objectives.alignment import AlignmentObjective
 
 ALL = ["own", *CONTROLS]
@@ -191,6 +193,14 @@ def test_delta_gram_equals_the_inner_products_of_formed_updates(make_run):
         dim=1,
     )
     assert delta_gram(factors) == pytest.approx((deltas @ deltas.T).detach().numpy(), rel=1e-9)
+
+
+def test_added_divergence_is_what_the_adapter_adds_to_the_base():
+    values = {"base": np.array([0.1, 0.3]), "own": np.array([0.4, 0.5])}
+    dialect = DialectValues("x", np.array([2, 0]), np.array([False, False]), values)
+    found = added_divergence(dialect, SentenceBootstrap(3, samples=200))
+    assert found["added_divergence"]["own"]["value"] == pytest.approx(0.25)
+    assert found["sentences"] == 2
 
 
 def test_within_and_between_variance_add_up_to_the_total_variance():

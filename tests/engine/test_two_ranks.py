@@ -1,0 +1,156 @@
+"""Claims about several ranks, checked on real processes: one launch of `two_rank_scenarios.py` serves most of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hl_scale.engine import checkpoint
+from hl_scale.engine.loop import train
+
+TOLERANCE = 1e-5  # relative; float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory):
+    """What both ranks said about every scenario, and where the runs are."""
+    root = tmp_path_factory.mktemp("two-ranks")
+    fresh = str(write_tiny_corpus(root / "fresh-corpus"))
+    stop = {"training.maximum_consecutive_skips": 3, "training.steps": 20}
+    plans = {
+        "accumulated": ({"training.micro_batch_size": 2}, {}),
+        "zero3": ({"base.placement": "zero3"}, {}),
+        "fresh_targets": ({"data.directory": fresh}, {"stop_at": 1}),
+        "poisoned": ({**stop, "data.directory": fresh}, {"fault": "poisoned_targets"}),
+        "poisoned_zero3_bfloat16": (
+            {**stop, "base.placement": "zero3", "base.compute_dtype": "bfloat16"}, {"fault": "poisoned_targets"},
+        ),
+        "damaged_corpus": ({}, {"fault": "damaged_corpus"}),
+        "full_disk": ({}, {"fault": "full_disk"}),
+    }  # fmt: skip
+    scenarios = [
+        {"name": name, "config": str(write_yaml(tiny_config(root / name, settings), root / f"{name}.yaml")), **more}
+        for name, (settings, more) in plans.items()
+    ]
+    # The same run in two parts.
+    halves = str(write_yaml(tiny_config(root / "halves"), root / "halves.yaml"))
+    scenarios += [
+        {"name": "first_half", "config": halves, "stop_at": 3},
+        {"name": "second_half", "config": halves},
+    ]
+    (root / "scenarios.json").write_text(json.dumps(scenarios))
+    script = Path(__file__).with_name("two_rank_scenarios.py")
+    done = launch(script, str(root / "scenarios.json"), str(root))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    answers = [json.loads((root / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return SimpleNamespace(root=root, answers=answers)
+
+
+@pytest.fixture(scope="module")
+def one_rank_losses(single_process, tiny_config, losses_of, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "one-rank"
+    train(tiny_config(directory))
+    return losses_of(directory)
+
+
+def close(losses, expected):
+    return losses == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_two_ranks_give_the_losses_of_one_rank(single_process, deepspeed_run, losses_of, one_rank_losses):
+    assert close(losses_of(deepspeed_run), one_rank_losses)
+    assert len(one_rank_losses) == 6
+
+
+def test_gradient_accumulation_gives_the_same_losses(ranks, losses_of, deepspeed_run):
+    assert close(losses_of(ranks.root / "accumulated"), losses_of(deepspeed_run))
+
+
+def test_both_placements_give_the_same_losses(ranks, losses_of, deepspeed_run):
+    assert close(losses_of(ranks.root / "zero3"), losses_of(deepspeed_run))
+
+
+def test_zero3_leaves_half_of_the_packed_bytes_on_each_rank(ranks):
+    for answer in ranks.answers:
+        packed = answer["zero3"]["packed"]
+        assert len(packed) == 2 * 7  # every linear layer of two blocks
+        for gathered, kept, whole, dtype in packed.values():
+            assert (gathered, kept, dtype) == (0, whole / 2, "torch.uint8")
+
+
+def test_a_replicated_base_is_outside_the_engine(ranks):
+    assert ranks.answers[0]["accumulated"]["packed"] == {}
+
+
+def test_ranks_compute_disjoint_chunks_of_the_targets_and_all_of_them(ranks):
+    chunks = [sum(answer["fresh_targets"]["chunks"], []) for answer in ranks.answers]
+    assert not set(chunks[0]) & set(chunks[1])
+    assert len(chunks[0] + chunks[1]) == 12  # distinct standard sentences, one chunk here
+
+
+def test_targets_on_disk_are_not_computed_again(ranks):
+    assert all(answer["poisoned"]["chunks"] == [] for answer in ranks.answers)
+
+
+def test_resuming_at_the_same_world_size_is_exact(ranks, losses_of, deepspeed_run):
+    assert ranks.answers[0]["first_half"]["step"] == 3
+    assert losses_of(ranks.root / "halves") == losses_of(deepspeed_run)
+    parts = [
+        checkpoint.read_full(checkpoint.newest(directory / "checkpoints")[0])
+        for directory in (ranks.root / "halves", deepspeed_run)
+    ]
+    for name, kinds in parts[1].items():
+        for kind, tensor in kinds.items():
+            assert tensor.equal(parts[0][name][kind]), (name, kind)
+
+
+def test_resuming_two_ranks_on_one_goes_through_the_same_batches(
+    single_process, ranks, deepspeed_run, losses_of, tiny_config, tmp_path
+):
+    directory = tmp_path / "resumed"
+    shutil.copytree(deepspeed_run / "checkpoints" / "step-000002", directory / "checkpoints" / "step-000002")
+    shutil.copy(deepspeed_run / "metrics.jsonl", directory / "metrics.jsonl")
+    train(tiny_config(directory))
+    expected = losses_of(deepspeed_run)
+    assert losses_of(directory)[:2] == expected[:2]
+    assert close(losses_of(directory), expected)
+
+
+@pytest.mark.parametrize("name", ["poisoned", "poisoned_zero3_bfloat16"])
+def test_non_finite_numbers_on_one_rank_change_no_weight_on_any_rank(ranks, name):
+    for answer in (both[name] for both in ranks.answers):
+        assert answer["error"] == "TrainingAborted"
+        assert answer["skipped"] == 3
+        before, *skipped = answer["digests"][2:]
+        assert len(skipped) == 3 and set(skipped) == {before}
+        assert answer["digests"][1] != before  # while finite steps do change them
+
+
+def test_an_aborted_run_names_the_pairs_of_its_last_batch(ranks):
+    message = ranks.answers[0]["poisoned"]["message"]
+    assert "step 6: loss nan, 3 non-finite steps in a row" in message
+    pairs = json.loads("[" + message.partition("[")[2].partition("]")[0] + "]")
+    assert len(set(pairs)) == 8 and all(0 <= pair < 48 for pair in pairs)
+
+
+def test_an_error_on_one_rank_ends_all_ranks_before_anything_is_written(ranks):
+    first, second = (answer["damaged_corpus"] for answer in ranks.answers)
+    assert first["error"] == "RankError" and first["message"] == "rank 1: shard on this node is damaged"
+    assert second["error"] == "CheckpointError"
+    assert not (ranks.root / "damaged_corpus").exists()
+
+
+def test_a_failed_checkpoint_on_one_rank_leaves_nothing_half_written(ranks):
+    first, second = (answer["full_disk"] for answer in ranks.answers)
+    assert "No space left on device" in first["message"] and second["error"] == "CheckpointError"
+    assert list((ranks.root / "full_disk" / "checkpoints").iterdir()) == []
+
+
+def test_bfloat16_losses_are_finite_until_the_fault(ranks):
+    lines = (ranks.root / "poisoned_zero3_bfloat16" / "metrics.jsonl").read_text().splitlines()
+    assert all(math.isfinite(json.loads(line)["loss"]) for line in lines[:3])

@@ -1,0 +1,124 @@
+"""Run several trainings one after the other in each of two ranks (one launch, because starting takes longer than training).
+
+Arguments: a JSON file with a list of {name, config, stop_at, fault}, and a directory for the answers, rank-<n>.json.
+Faults act on rank 1 alone: `poisoned_targets` makes its targets NaN from step 4 on, `damaged_corpus` lets it read
+another corpus folder, `full_disk` fails its first checkpoint write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hl_scale.config import load_config
+from hl_scale.engine import checkpoint, loop, targets, zero3
+
+RANK = int(os.environ["RANK"])
+POISONED_FROM = 3
+
+
+@contextmanager
+def fault(name: str | None):
+    if name is None or RANK != 1:
+        yield
+    elif name == "poisoned_targets":
+        collate, calls = loop._Loop.collate, []
+
+        def poisoned(self, samples):
+            batch = collate(self, samples)
+            calls.append(1)
+            if len(calls) > POISONED_FROM:
+                batch.target.fill_(float("nan"))
+            return batch
+
+        with mock.patch.object(loop._Loop, "collate", poisoned):
+            yield
+    elif name == "damaged_corpus":
+        with mock.patch.object(
+            loop, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
+        ):
+            yield
+    elif name == "full_disk":
+        with mock.patch.object(checkpoint, "save_file", side_effect=OSError(28, "No space left on device")):
+            yield
+    else:
+        raise AssertionError(name)
+
+
+def checkpoint_error(text: str):
+    raise checkpoint.CheckpointError(text)
+
+
+def digest(engine) -> str:
+    """Of this rank's master weights and moments."""
+    total = hashlib.sha256()
+    for name, kinds in sorted(zero3.local_partitions(engine).items()):
+        for kind, tensor in sorted(kinds.items()):
+            total.update(f"{name}|{kind}".encode() + tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
+def run(scenario: dict) -> dict:
+    seen: dict = {"engine": None, "chunks": []}
+    build, write, step = zero3.build_engine, targets.TargetCache._write, loop._Loop.step
+
+    def build_engine(*arguments):
+        seen["engine"] = build(*arguments)
+        return seen["engine"]
+
+    def write_chunk(self, texts, device):
+        seen["chunks"].append(sorted(texts))
+        write(self, texts, device)
+
+    answer: dict = {"digests": []}
+
+    def recorded(self, *arguments):
+        try:
+            return step(self, *arguments)
+        finally:
+            answer["digests"].append(digest(self.engine))
+
+    with (
+        fault(scenario.get("fault")),
+        mock.patch.object(zero3, "build_engine", build_engine),
+        mock.patch.object(targets.TargetCache, "_write", write_chunk),
+        mock.patch.object(loop._Loop, "step", recorded),
+    ):
+        try:
+            result = loop.train(load_config(scenario["config"]), stop_at=scenario.get("stop_at"))
+            answer |= {"step": result.step, "loss": result.loss}
+        except ValueError as error:
+            answer |= {"error": type(error).__name__, "message": str(error)}
+    answer["chunks"] = seen["chunks"]
+    engine = seen["engine"]
+    if engine is not None:
+        answer["skipped"] = engine.skipped_steps
+        answer["packed"] = {
+            name: [
+                parameter.numel(),
+                parameter.ds_tensor.numel(),
+                int(parameter.ds_numel),
+                str(parameter.ds_tensor.dtype),
+            ]
+            for name, parameter in engine.module.named_parameters()
+            if name.endswith(".packed")
+        }
+        engine.destroy()
+    return answer
+
+
+def main() -> None:
+    scenarios, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
+    answers = {scenario["name"]: run(scenario) for scenario in scenarios}
+    (out / f"rank-{RANK}.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
