@@ -8,7 +8,7 @@ DEEPSPEED = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelera
 RECIPE := configs/demo_gemma270m_cpu.yaml
 
 # The demo: the recipe with fewer sentences and steps. The full run is `make results`.
-DEMO := data.directory=.cache/data/demo data.training_sentences=300 data.heldout_sentences=60 training.steps=100
+DEMO := data.directory=.cache/data/demo data.training_sentences=300 data.heldout_sentences=40 training.steps=100
 DEMO_RUN := runs/demo
 DEMO_PLAIN := runs/demo-plain-lora
 FULL_RUN := runs/gemma270m

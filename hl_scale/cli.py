@@ -53,9 +53,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from hl_scale.engine.loop import train as run_training
 
     result = run_training(load_config(config, overrides or ()))
-    print(
-        f"{'interrupted' if result.interrupted else 'done'}: step {result.step}, loss {result.loss:.4f}, {result.checkpoint}"
-    )
+    state = "interrupted" if result.interrupted else "done"
+    print(f"{state}: step {result.step}, loss {result.loss:.4f}, {result.checkpoint}")
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -76,7 +75,9 @@ def evaluate(
     if sentences is not None:
         tree = loaded.config.model_dump()
         tree["evaluation"]["sentences"] = sentences
-        loaded = LoadedRun(loaded.directory, parse_config(tree, "--sentences"), loaded.base, loaded.hypernetwork, loaded.step)
+        loaded = LoadedRun(
+            loaded.directory, parse_config(tree, "--sentences"), loaded.base, loaded.hypernetwork, loaded.step
+        )
     other = load_run(control, base=loaded.base) if control is not None else None
     result = evaluate_dialects(loaded, load_corpus(loaded.config.data.directory), control=other)
     save(result, run)

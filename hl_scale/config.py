@@ -1,7 +1,8 @@
 """The whole configuration of a run: typed, strict, and free of torch.
 
 Precedence, lowest first: the defaults below, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment
-variables, ``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are reported at once.
+variables, ``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are
+reported at once.
 The docstring under each field is its help text (``hl-scale schema`` prints them).
 """
 
@@ -108,7 +109,7 @@ class DataConfig(Section):
     sources: tuple[SentenceSource, ...] = Field(min_length=1)
     """Sentence sources, pooled."""
     mode: Literal["virtual", "named"] = "virtual"
-    """`virtual`: each sentence gets random feature mixtures of its own; `named`: the varieties of `training_varieties`."""
+    """`virtual`: each sentence gets random feature mixtures of its own; `named`: those of `training_varieties`."""
     training_varieties: tuple[str, ...] = ()
     """Varieties trained on in `named` mode; their vectors and texts are the only ones seen."""
     evaluation_varieties: tuple[str, ...] = ()

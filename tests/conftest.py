@@ -1,4 +1,4 @@
-"""A complete tiny setup: a random Gemma 3 with its tokenizer, a corpus on disk, configurations, and launched processes."""
+"""A complete tiny setup: a random Gemma 3 with its tokenizer, a corpus on disk, configurations, launched processes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from hl_scale.config import Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIETIES = ("Nigerian English", "Chicano English")
-WORDS = (
+TEXT = (
     "the old man said that she was not sure whether this film is any good and they have been working here since last "
     "summer because nobody asked them to leave before it rained again on their garden"
-).split()
+)
 
 
 def _sentences(count: int, seed: int) -> list[list[str]]:
     rng = np.random.default_rng(seed)
-    return [list(rng.choice(WORDS, size=int(rng.integers(4, 15)))) for _ in range(count)]
+    return [list(rng.choice(TEXT.split(), size=int(rng.integers(4, 15)))) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random two-layer Gemma 3 (hidden 64, grouped queries) and a tokenizer trained on `WORDS`."""
+    """Directory of a random two-layer Gemma 3 (hidden 64, grouped queries) and a tokenizer trained on `TEXT`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "<bos>", "<unk>"]
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainers.BpeTrainer(vocab_size=120, special_tokens=special))
+    tokenizer.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=120, special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
@@ -59,8 +59,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_tiny_corpus() -> Callable[..., Path]:
-    """write_tiny_corpus(directory) -> a corpus in the on-disk format: 48 training pairs (12 of them identity pairs of the
-    zero vector), two held-out varieties of 8 sentences; `edit(rows)` may change the training rows first."""
+    """write_tiny_corpus(directory, edit) -> a corpus in the on-disk format.
+
+    It has 48 training pairs, 12 of them identity pairs under the zero vector, and two held-out varieties of 8;
+    `edit(rows)` may change the training rows first.
+    """
     from hl_scale.conditions import typology
     from hl_scale.data.generation import PAIR_SCHEMA, SENTENCE_SCHEMA
     from hl_scale.data.shards import FORMAT_VERSION, ShardWriter, write_manifest

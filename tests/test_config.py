@@ -55,9 +55,7 @@ def test_every_variety_of_a_recipe_exists_and_its_batch_fits_its_workers(recipe:
     for name in (*config.data.training_varieties, *config.data.evaluation_varieties):
         assert typology.resolve(name) == name
     assert isinstance(config.cluster.num_workers, int)
-    plan = plan_batches(
-        config.training.global_batch_size, config.training.micro_batch_size, config.cluster.num_workers
-    )
+    plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, config.cluster.num_workers)
     assert plan.micro_batch * plan.accumulation * plan.world_size == config.training.global_batch_size
 
 
@@ -169,7 +167,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just a word", ""])
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="must hold a mapping of sections, found (list|str|NoneType)"):
+    with pytest.raises(ConfigError, match=r"must hold a mapping of sections, found (list|str|NoneType)"):
         load_config(tmp_path / "config.yaml", environment={})
 
 

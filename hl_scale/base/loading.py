@@ -47,20 +47,24 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
         config = AutoConfig.from_pretrained(directory, **trust)
         tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
         raise BaseModelError(
-            f"{directory} does not hold a usable model configuration and tokenizer: {str(error).splitlines()[0][:200]}\n"
+            f"{directory} does not hold a usable model configuration and tokenizer: {reason}\n"
             "  fix: it needs config.json and the tokenizer files next to the .safetensors weights"
         ) from None
     model_class = _model_class(base, config)
+    dtype = getattr(torch, base.compute_dtype)
     config = getattr(config, "text_config", config)
     with init_empty_weights(include_buffers=False):
-        model = model_class.from_config(config, **trust)
-    dtype = getattr(torch, base.compute_dtype)
+        model = model_class.from_config(config, dtype=dtype, **trust)
     digest = hashlib.sha256(json.dumps([base.quantization, base.double_quantization, base.compute_dtype]).encode())
     for name, tensor in stream_tensors(directory, model):
         digest.update(name.encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         _place(model, name, tensor.to(device), dtype, base)
+    for name, buffer in model.named_buffers():  # computed from the configuration: scales, rotary frequencies
+        digest.update(name.encode())
+        digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     model.tie_weights()
     _replace_linears(model, base)
     _check_complete(model, directory)

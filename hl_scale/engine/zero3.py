@@ -49,8 +49,9 @@ def join_world() -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # DeepSpeed calls collectives torch has renamed, and cannot look into our factors dataclass; neither is the user's.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -17,8 +17,8 @@ def adapter_a_values(rank: int, in_features: int) -> Tensor:
 def published_initialization(network: nn.Module) -> None:
     """Weights N(0, 1e-7) (standard deviation), biases 0, as in the code published with HyperLoRA.
 
-    Gradients of both nets are then near zero at first; with a large learning rate every trunk unit can die, which leaves
-    the adapters unconditioned while the loss falls. `dead_unit_share` in the metrics shows it.
+    Gradients of both nets are then near zero at first; with a large learning rate every trunk unit can die, which
+    leaves the adapters unconditioned while the loss falls. `dead_unit_share` in the metrics shows it.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):

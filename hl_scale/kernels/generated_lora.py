@@ -126,7 +126,9 @@ def _check(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None) -> None:
                          f"{x.device}/{a.device}/{b.device}")  # fmt: skip
     if offsets is not None:
         bounds = offsets.tolist() if offsets.ndim == 1 else []
-        covers = bool(bounds) and bounds[0] == 0 and bounds[-1] == x.shape[0] and all(i <= j for i, j in pairwise(bounds))
+        covers = (
+            bool(bounds) and bounds[0] == 0 and bounds[-1] == x.shape[0] and all(i <= j for i, j in pairwise(bounds))
+        )
         if x.ndim != 2 or len(bounds) != a.shape[0] + 1 or not covers:
             raise ValueError(f"offsets {bounds[:8]} must rise from 0 to T={x.shape[0]} with E + 1 entries; {shapes}")
     elif a.shape[0] != 1 and (x.ndim != 3 or x.shape[0] != a.shape[0]):

@@ -53,9 +53,7 @@ def test_one_adapter_is_shared_by_all_rows(saved: Saved, load: Load) -> None:
     base = load(saved("llama"))
     shared = factors(base, 1)
     repeated = shared.select(torch.tensor([0, 0, 0]))
-    torch.testing.assert_close(
-        base.logits(*batch(), shared), base.logits(*batch(), repeated), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(base.logits(*batch(), shared), base.logits(*batch(), repeated), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

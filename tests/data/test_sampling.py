@@ -12,7 +12,12 @@ LENGTHS = np.random.default_rng(3).integers(3, 60, size=103)
 
 @pytest.mark.parametrize(
     ("world_size", "largest", "expected"),
-    [(1, 12, BatchPlan(1, 1, 12)), (1, 5, BatchPlan(1, 3, 4)), (3, 3, BatchPlan(3, 2, 2)), (12, 9, BatchPlan(12, 1, 1))],
+    [
+        (1, 12, BatchPlan(1, 1, 12)),
+        (1, 5, BatchPlan(1, 3, 4)),
+        (3, 3, BatchPlan(3, 2, 2)),
+        (12, 9, BatchPlan(12, 1, 1)),
+    ],
 )
 def test_a_plan_takes_the_fewest_equal_passes_within_the_bound(
     world_size: int, largest: int, expected: BatchPlan

@@ -151,7 +151,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next_save(single_process, ti
 
 def test_weights_of_another_network_are_refused_by_name(finished):
     found, _ = checkpoint.newest(finished)
-    with pytest.raises(CheckpointError, match="does not fit this hypernetwork.*first"):
+    with pytest.raises(CheckpointError, match=r"does not fit this hypernetwork.*first"):
         checkpoint.load_weights(torch.nn.Linear(3, 2), found, checkpoint.read_full(found))
 
 

@@ -80,7 +80,8 @@ def test_a_truncated_chunk_is_computed_again_and_the_others_are_kept(make_cache,
     damaged.write_bytes(damaged.read_bytes()[:-7])
     again = make_cache()
     assert written(again, monkeypatch) == [TEXTS[1]]
-    assert all(again.get(text).equal(cloud) for text, cloud in expected.items())
+    for text, cloud in expected.items():
+        torch.testing.assert_close(again.get(text), cloud, rtol=1e-5, atol=1e-6)
 
 
 def test_a_failed_write_leaves_no_chunk_behind(make_cache, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -185,7 +186,7 @@ def test_cosine_and_linear_end_at_the_minimum_and_pass_the_middle_half_way(rates
         values = rates(schedule=schedule, warmup_ratio=0.0, minimum_learning_rate_ratio=0.2)
         assert values[50] == pytest.approx(0.6)
         assert values[100] == pytest.approx(0.2)
-        assert all(now > later for now, later in zip(values, values[1:], strict=False))
+        assert all(now > later for now, later in itertools.pairwise(values))
     assert rates(schedule="linear", warmup_ratio=0.0)[25] == pytest.approx(0.75)
     assert rates(schedule="cosine", warmup_ratio=0.0)[25] == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
 

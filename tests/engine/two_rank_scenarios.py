@@ -1,4 +1,4 @@
-"""Run several trainings one after the other in each of two ranks (one launch, because starting takes longer than training).
+"""Run several trainings one after the other in each of two ranks (starting takes longer than training).
 
 Arguments: a JSON file with a list of {name, config, stop_at, fault}, and a directory for the answers, rank-<n>.json.
 Faults act on rank 1 alone: `poisoned_targets` makes its targets NaN from step 4 on, `damaged_corpus` lets it read
@@ -115,6 +115,7 @@ def run(scenario: dict) -> dict:
 
 
 def main() -> None:
+    targets.TEXTS_PER_CHUNK = 5
     scenarios, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
     answers = {scenario["name"]: run(scenario) for scenario in scenarios}
     (out / f"rank-{RANK}.json").write_text(json.dumps(answers))

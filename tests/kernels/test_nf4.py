@@ -9,7 +9,7 @@ from torch import Tensor
 from hl_scale.kernels import BlockConstants, dequantize_nf4, quantize_nf4
 from hl_scale.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, block_absmax, dynamic_map
 
-# Whole blocks, a last block of 22 and of 14, a matrix smaller than a block, more than 256 blocks and more than 512 with a rest.
+# Whole blocks, odd rests in the last block, and more than 256 and 512 blocks for the nested constants.
 SHAPES = [(64, 64), (3, 50), (7, 130), (3, 26), (130, 128), (257, 130)]
 
 

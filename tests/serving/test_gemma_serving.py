@@ -34,9 +34,7 @@ def run(tmp_path_factory) -> LoadedRun:
 
 @pytest.fixture(scope="module")
 def inputs(run):
-    encoded = run.base.tokenizer(
-        ["The committee said that it would publish the report today."], return_tensors="pt"
-    )
+    encoded = run.base.tokenizer(["The committee said that it would publish the report today."], return_tensors="pt")
     return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
 
