@@ -79,8 +79,11 @@ class TargetCache:
             clouds |= dict(zip(map(text_key, batch), self.clouds(batch, device), strict=True))
         name = hashlib.sha256("".join(sorted(clouds)).encode()).hexdigest()[:16]
         temporary = self.directory / f".{name}.{os.getpid()}"
-        save_file(clouds, temporary)
-        os.replace(temporary, self.directory / f"{name}.safetensors")
+        try:
+            save_file(clouds, temporary)
+            os.replace(temporary, self.directory / f"{name}.safetensors")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def clouds(self, texts: list[str], device: torch.device) -> list[Tensor]:
         """Token clouds of a few texts by one pass of the bare base: list of (M_i, D)."""
