@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import yaml
 from hl_scale.config import Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCH_TIMEOUT = 600
+"""Seconds until launched processes count as hanging; they take about 15 on a free machine."""
 VARIETIES = ("Nigerian English", "Chicano English")
 TEXT = (
     "the old man said that she was not sure whether this film is any good and they have been working here since last "
@@ -193,10 +196,16 @@ def launch(
     """launch(script, *arguments, ranks=2) -> the finished process, with stdout and stderr as text."""
 
     def run(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-        command = deepspeed_command(script, *arguments, ranks=ranks)
-        return subprocess.run(
-            command, cwd=ROOT, env=process_environment, capture_output=True, text=True, timeout=240, check=False
-        )
+        process = subprocess.Popen(
+            deepspeed_command(script, *arguments, ranks=ranks), cwd=ROOT, env=process_environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            stdout, stderr = process.communicate(timeout=LAUNCH_TIMEOUT)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
 

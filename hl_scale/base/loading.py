@@ -102,7 +102,14 @@ def resolve_model(base: BaseModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=_HUB_PATTERNS))
+        return Path(
+            snapshot_download(
+                base.model,
+                revision=base.revision,
+                allow_patterns=_HUB_PATTERNS,
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"base.model = {base.model!r} is neither a local directory nor a hub model that can be fetched: "
@@ -113,7 +120,8 @@ def resolve_model(base: BaseModelConfig) -> Path:
 
 def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name in `model`, tensor) from every safetensors file, one tensor in memory at a time."""
-    files = sorted(directory.glob("*.safetensors"))
+    # Some repositories ship the same weights a second time in their authors' own layout.
+    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:
         raise BaseModelError(
             f"{directory} holds no .safetensors weights (pickled .bin files are not read)\n"

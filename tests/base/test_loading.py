@@ -150,6 +150,30 @@ def test_the_fingerprint_changes_with_weights_and_with_quantisation(
     assert load(saved("llama")).fingerprint == prints[0]
 
 
+@torch.no_grad()
+def test_constants_are_built_in_the_compute_type_not_in_the_type_the_model_was_saved_in(
+    saved: Saved, load: Load, tmp_path: Path
+) -> None:
+    # Gemma multiplies embeddings by sqrt(hidden size); of 32 that is 5.656854, in bfloat16 5.65625.
+    AutoModelForCausalLM.from_pretrained(saved("gemma"), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(saved("gemma") / name, tmp_path)
+    base, (ids, mask) = load(tmp_path, "gemma", quantization="none"), batch()
+    expected = oracle(tmp_path, "gemma", False)(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(base.logits(ids, mask)[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+def test_the_fingerprint_changes_with_rotary_settings_that_no_tensor_shows(
+    saved: Saved, load: Load, copy: Callable[[str], Path]
+) -> None:
+    directory = copy("llama")
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert load(directory).fingerprint != load(saved("llama")).fingerprint
+
+
 def test_missing_tensors_are_named(load: Load, copy: Callable[[str], Path]) -> None:
     directory = copy("llama")
     tensors = load_file(directory / "model.safetensors")
