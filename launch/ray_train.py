@@ -22,11 +22,13 @@ def main() -> int:
     from hl_scale.config import ConfigError, load_config
 
     try:
-        metrics = train_on_ray(load_config(arguments.config, arguments.overrides))
+        outcome = train_on_ray(load_config(arguments.config, arguments.overrides))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"done: step {metrics.get('step')}, loss {metrics.get('loss'):.4f}, {metrics.get('checkpoint')}")
+    if outcome["interrupted"]:
+        return 130
+    print(f"done: step {outcome['step']}, loss {outcome['loss']:.4f}, {outcome['checkpoint']}")
     return 0
 
 

@@ -57,20 +57,19 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
     config = getattr(config, "text_config", config)
     with init_empty_weights(include_buffers=False):
         model = model_class.from_config(config, dtype=dtype, **trust)
-    digest = hashlib.sha256(json.dumps([base.quantization, base.double_quantization, base.compute_dtype]).encode())
+    digests = {}
     for name, tensor in stream_tensors(directory, model):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digests[name] = _digest(tensor)
         _place(model, name, tensor.to(device), dtype, base)
     for name, buffer in model.named_buffers():  # computed from the configuration: scales, rotary frequencies
-        digest.update(name.encode())
-        digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digests[name] = _digest(buffer.detach().cpu())
+    fingerprint = _fingerprint(base, config, tokenizer, digests)
     model.tie_weights()
     _replace_linears(model, base)
     _check_complete(model, directory)
     _freeze(model, base)
     model.to(device)
-    return AdaptedModel(model, tokenizer, lora, digest.hexdigest())
+    return AdaptedModel(model, tokenizer, lora, fingerprint)
 
 
 def adapt_model(
@@ -84,6 +83,25 @@ def adapt_model(
             parameter.data = parameter.data.to(dtype)
     _freeze(model, base)
     return AdaptedModel(model, tokenizer, lora, fingerprint)
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def _fingerprint(base: BaseModelConfig, config: Any, tokenizer: Any, digests: dict[str, str]) -> str:
+    """Identifies everything that decides a hidden state: weights, settings, quantisation and tokenizer.
+
+    How the weights are spread over files does not count, nor do the defaults of a transformers version.
+    """
+    settings = config.to_diff_dict()
+    for unrelated in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        settings.pop(unrelated, None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    held = [base.quantization, base.double_quantization, base.compute_dtype]
+    content = json.dumps([held, settings, digests, words], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def resolve_model(base: BaseModelConfig) -> Path:

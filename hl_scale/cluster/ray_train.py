@@ -20,7 +20,7 @@ def train_on_ray(config: Config) -> dict[str, Any]:
         config: `cluster` says how many workers; paths are made absolute, so on several nodes they must be shared.
 
     Returns:
-        Metrics of the last report: step, loss.
+        How far rank 0 got: step, loss, newest checkpoint, and whether it was interrupted.
 
     Raises:
         ConfigError: more than one node and no shared storage, or a worker met something the user has to mend, which no
@@ -44,7 +44,7 @@ def train_on_ray(config: Config) -> dict[str, Any]:
         config = with_absolute_paths(config)
         storage = cluster.storage_path or str(Path(config.run.directory).parent)
         trainer = TorchTrainer(
-            _worker,
+            _worker,  # type: ignore[arg-type]  # Ray's annotation predates return values
             train_loop_config=config.model_dump(mode="json"),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
@@ -59,10 +59,10 @@ def train_on_ray(config: Config) -> dict[str, Any]:
                 worker_runtime_env={"env_vars": _worker_environment(config)},
             ),
         )
-        metrics = dict(trainer.fit().metrics or {})
-        if "error" in metrics:
-            raise ConfigError(metrics["error"])
-        return metrics
+        outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]  # of rank 0
+        if "error" in outcome:
+            raise ConfigError(outcome["error"])
+        return outcome
     finally:
         if started:
             ray.shutdown()
@@ -101,8 +101,11 @@ def _worker_environment(config: Config) -> dict[str, str]:
     return environment
 
 
-def _worker(tree: dict[str, Any]) -> None:
-    """One Ray Train worker; Ray has set RANK, WORLD_SIZE and MASTER_* and started the process group."""
+def _worker(tree: dict[str, Any]) -> dict[str, Any]:
+    """One Ray Train worker; Ray has set RANK, WORLD_SIZE and MASTER_* and started the process group.
+
+    What it returns reaches the driver; metrics reported without a Ray checkpoint do not.
+    """
     import ray.train
 
     from hl_scale.engine.loop import train
@@ -113,8 +116,11 @@ def _worker(tree: dict[str, Any]) -> None:
     config = parse_config(tree)
     try:
         result = train(config, on_checkpoint=report)
-    except ValueError as error:  # on all workers alike: reported instead of raised, so that Ray does not try again
-        ray.train.report({"error": str(error)})
-        return
-    if result.step == config.training.steps:
-        ray.train.report({"step": result.step, "loss": result.loss, "checkpoint": str(result.checkpoint)})
+    except ValueError as error:  # on all workers alike: returned instead of raised, so that Ray does not try again
+        return {"error": str(error)}
+    return {
+        "step": result.step,
+        "loss": result.loss,
+        "checkpoint": str(result.checkpoint),
+        "interrupted": result.interrupted,
+    }

@@ -149,13 +149,19 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local_partitions(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """This rank's flat float32 partition of every trainable parameter: master weight and Adam moments."""
+    """This rank's flat float32 partition of every trainable parameter: master weight and Adam moments.
+
+    The moments are zero while no step was applied, for the optimizer creates them with its first one.
+    """
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
+    untouched = not engine.optimizer.optimizer.state
     partitions = {}
     for name, parameter in trainable_parameters(engine.module).items():
         entry = {"master": safe_get_local_fp32_param(parameter)}
-        entry |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
+        for moment in MOMENTS:
+            empty = torch.zeros_like(entry["master"]) if untouched else None
+            entry[moment] = safe_get_local_optimizer_state(parameter, moment) if empty is None else empty
         partitions[name] = {kind: tensor.detach().cpu().clone() for kind, tensor in entry.items()}
     return partitions
 

@@ -164,13 +164,36 @@ def test_constants_are_built_in_the_compute_type_not_in_the_type_the_model_was_s
     torch.testing.assert_close(base.logits(ids, mask)[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
-def test_the_fingerprint_changes_with_rotary_settings_that_no_tensor_shows(
-    saved: Saved, load: Load, copy: Callable[[str], Path]
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.update(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+        lambda config: config.update(rms_norm_eps=1e-3),
+    ],
+    ids=["rotary", "epsilon"],
+)
+def test_the_fingerprint_changes_with_settings_that_no_tensor_shows(
+    saved: Saved, load: Load, copy: Callable[[str], Path], edit: Callable[[dict[str, Any]], None]
 ) -> None:
     directory = copy("llama")
     config = json.loads((directory / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    edit(config)
     (directory / "config.json").write_text(json.dumps(config))
+    assert load(directory).fingerprint != load(saved("llama")).fingerprint
+
+
+def test_the_fingerprint_changes_with_the_tokenizer_and_not_with_how_the_weights_are_split_into_files(
+    saved: Saved, load: Load, copy: Callable[[str], Path]
+) -> None:
+    directory = copy("llama")
+    AutoModelForCausalLM.from_pretrained(saved("llama")).save_pretrained(directory, max_shard_size="20KB")
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    assert load(directory).fingerprint == load(saved("llama")).fingerprint
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert load(directory).fingerprint != load(saved("llama")).fingerprint
 
 

@@ -97,18 +97,25 @@ def test_a_non_finite_step_is_skipped_and_counted_and_resuming_after_it_is_exact
     assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
-def test_a_diverging_run_aborts_naming_its_pairs_and_keeps_its_last_weights(tiny_config, tmp_path):
-    config = tiny_config(
-        tmp_path / "run",
-        {"training.learning_rate": 1e30, "training.steps": 40, "training.warmup_ratio": 0.0, "training.save_every": 1},
-    )
+def test_a_run_whose_first_step_is_skipped_saves_and_resumes_exactly(tiny_config, tmp_path, monkeypatch):
+    poison(monkeypatch, {0})
+    train(tiny_config(tmp_path / "whole", {"training.save_every": 1}))
+    train(tiny_config(tmp_path / "parts", {"training.save_every": 1}), stop_at=1)
+    train(tiny_config(tmp_path / "parts", {"training.save_every": 1}))
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "parts")] == [1] * 6
+    assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
+def test_a_run_that_stays_non_finite_aborts_naming_its_pairs_and_keeps_its_last_weights(
+    tiny_config, tmp_path, monkeypatch
+):
+    poison(monkeypatch, set(range(3, 40)))
+    config = tiny_config(tmp_path / "run", {"training.steps": 40, "training.save_every": 1})
     with pytest.raises(TrainingAborted, match=r"5 non-finite steps in a row.*Pairs of the last batch: \[\d+"):
         train(config)
-    skipped = [line["skipped_steps"] for line in metrics(tmp_path / "run")]
-    first = skipped.index(1.0)
     saved = [checkpoint.read_full(checkpoint.verify(path)) for path in checkpoint.find(tmp_path / "run/checkpoints")]
-    assert skipped[first:] == [1, 2, 3, 4]
-    assert all(equal(after, saved[first - 1]) for after in saved[first:])
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
+    assert all(equal(after, saved[2]) for after in saved[3:]) and not equal(saved[1], saved[2])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -94,10 +94,15 @@ def test_a_damaged_corpus_shard_is_named(launched_here, tiny_config, write_tiny_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_diverged_run_ends_with_a_diagnosis(launched_here, tiny_config, tmp_path):
-    settings = {"training.learning_rate": 1e30, "training.steps": 40, "training.warmup_ratio": 0.0}
-    status, error = launched_here(tiny_config(tmp_path / "run", settings))
-    assert status == 2 and "non-finite steps in a row" in error
+def overflowing_vectors(rows):
+    for row in rows:
+        row["vector"] = [3e38] * len(row["vector"])
+
+
+def test_a_run_whose_numbers_overflow_ends_with_a_diagnosis(launched_here, tiny_config, write_tiny_corpus, tmp_path):
+    corpus = write_tiny_corpus(tmp_path / "corpus", overflowing_vectors)
+    status, error = launched_here(tiny_config(tmp_path / "run", {"data.directory": str(corpus)}))
+    assert status == 2 and "5 non-finite steps in a row" in error
 
 
 def test_two_ranks_refuse_a_directory_of_another_run_and_none_hangs(
