@@ -63,10 +63,10 @@ class LoraFactors:
         )
 
     def delta_norms(self) -> Tensor:
-        """(E,) Frobenius norm of s B A over all slots, without forming it: |BA|^2 = tr((B^T B)(A A^T))."""
-        total = torch.zeros(self.conditions)
+        """(E,) float64 norm of s B A over all slots, without forming it: |BA|^2 = tr((B^T B)(A A^T))."""
+        total = torch.zeros(self.conditions, dtype=torch.float64)
         for slot in self.slots:
-            a, b = self.a[slot.path].float(), self.b[slot.path].float()
+            a, b = self.a[slot.path].double(), self.b[slot.path].double()
             total = total + ((b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))).sum((1, 2)).detach().cpu()
         return abs(self.scale) * total.clamp(min=0).sqrt()
 

@@ -65,4 +65,4 @@ def test_delta_norms_are_the_frobenius_norms_of_the_updates(rank: int) -> None:
         (all_factors.scale * all_factors.b[s.path].double() @ all_factors.a[s.path].double()).square().sum((1, 2))
         for s in SLOTS
     )
-    torch.testing.assert_close(all_factors.delta_norms().double(), torch.as_tensor(squares).sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(all_factors.delta_norms(), torch.as_tensor(squares).sqrt(), rtol=1e-6, atol=0)
