@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,6 @@ import torch
 from hl_scale.sinkhorn.schedule import SMALLEST_DIAMETER
 
 WEIGHT_SUM_TOLERANCE = 1e-4
-
-Gradient = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,24 @@ class Clouds:
 
 
 @dataclass(frozen=True)
+class SolverOptions:
+    """What a solver is asked for; see `sinkhorn_divergence`.
+
+    Attributes:
+        initial: potentials f, g, f_self, g_self to begin with instead of annealing from zero.
+    """
+
+    debias: bool
+    want_gradient_x: bool
+    want_gradient_y: bool
+    want_error: bool
+    tolerance: float | None = None
+    maximum_iterations: int = 0
+    relaxation: float = 1.0
+    initial: tuple[torch.Tensor | None, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Solution:
     """What a solver returns for `Clouds`.
 
@@ -44,9 +59,9 @@ class Solution:
         value: (B,) divergences.
         f, g: (B, N) and (B, M) potentials of OT(x, y), on x and on y.
         f_self, g_self: (B, N) and (B, M) potentials of OT(x, x) and OT(y, y); None without debiasing.
-        gradient_x, gradient_y: from upstream gradients (B,) to gradients (B, N, D) and (B, M, D); None where not asked
-            for.
+        gradient_x, gradient_y: gradients of the values, (B, N, D) and (B, M, D); None where not asked for.
         marginal_error: (B,) L1 distance of the plan's two marginals from a and b, summed; None where not asked for.
+        iterations: (B,) int64 on the CPU, updates before the final one.
     """
 
     value: torch.Tensor
@@ -54,9 +69,10 @@ class Solution:
     g: torch.Tensor
     f_self: torch.Tensor | None
     g_self: torch.Tensor | None
-    gradient_x: Gradient | None
-    gradient_y: Gradient | None
+    gradient_x: torch.Tensor | None
+    gradient_y: torch.Tensor | None
     marginal_error: torch.Tensor | None
+    iterations: torch.Tensor
 
 
 def check_points(x: torch.Tensor, y: torch.Tensor) -> None:

@@ -21,16 +21,19 @@ as GeomLoss's `SamplesLoss("sinkhorn", p=2)`.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 
-from hl_scale.sinkhorn.clouds import Clouds, Solution, check_points, make_clouds
+from hl_scale.sinkhorn.clouds import Clouds, Solution, SolverOptions, check_points, make_clouds
+from hl_scale.sinkhorn.dense import dense_bytes, solve_dense
 from hl_scale.sinkhorn.schedule import AnnealingSchedule, annealing_schedule
-from hl_scale.sinkhorn.softmin import LOG_2, exponentiate_
 from hl_scale.sinkhorn.streaming import solve_streaming
+
+DENSE_POINTS = 512
+"""Clouds with more points are solved one pair at a time, tile by tile."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ def sinkhorn_divergence(
     scaling: float = 0.5,
     debias: bool = True,
     memory_budget: int | None = None,
+    tolerance: float | None = None,
+    maximum_iterations: int = 1000,
+    relaxation: float = 1.0,
+    initial: SinkhornInfo | None = None,
     return_info: Literal[False] = False,
 ) -> torch.Tensor: ...
 
@@ -90,6 +97,10 @@ def sinkhorn_divergence(
     scaling: float = 0.5,
     debias: bool = True,
     memory_budget: int | None = None,
+    tolerance: float | None = None,
+    maximum_iterations: int = 1000,
+    relaxation: float = 1.0,
+    initial: SinkhornInfo | None = None,
     return_info: Literal[True],
 ) -> tuple[torch.Tensor, SinkhornInfo]: ...
 
@@ -107,6 +118,10 @@ def sinkhorn_divergence(
     scaling: float = 0.5,
     debias: bool = True,
     memory_budget: int | None = None,
+    tolerance: float | None = None,
+    maximum_iterations: int = 1000,
+    relaxation: float = 1.0,
+    initial: SinkhornInfo | None = None,
     return_info: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SinkhornInfo]:
     """Sinkhorn divergence between clouds on the cost 0.5*|x-y|^2, differentiable once in x and y.
@@ -129,8 +144,15 @@ def sinkhorn_divergence(
         epsilon: regularisation in units of the cost, overrides `blur`; epsilon = blur^2.
         scaling: ratio of successive blurs of the annealing, in (0, 1).
         debias: subtract the self terms; otherwise the value is OT(x, y) with its entropy.
-        memory_budget: bytes that intermediate results may take beside tensors as large as x and y. Costs that do not
-            fit are streamed in blocks of rows, sample by sample, and no N x M tensor exists. None: always dense.
+        memory_budget: bytes that intermediate results may take beside tensors as large as x and y. Long clouds, and
+            short ones that do not fit, are solved sample by sample in tiles of the costs; tiles that fit are kept from
+            update to update, others are computed again, and no N x M tensor exists. None: all are kept.
+        tolerance: instead of a fixed number of updates, go on at the target temperature until the marginals of the plan
+            are off by no more than this (L1 distances, summed over both, in 0 to 4), also those of the self terms.
+        maximum_iterations: updates at the target temperature after which to give up, with a warning.
+        relaxation: 1 for plain alternating updates, up to below 2 for over-relaxed ones; needs `tolerance`.
+        initial: potentials to begin with instead of annealing, of an earlier call with clouds of these shapes; needs
+            `tolerance`.
         return_info: also return a `SinkhornInfo`; costs one more update.
 
     Returns:
@@ -139,11 +161,12 @@ def sinkhorn_divergence(
     Raises:
         ValueError: inputs that do not fit together, are not finite, or an empty cloud; the message names the argument.
 
-    Memory: dense, 8 max(N, M)^2 numbers a sample, and the plans until backward; streaming, within `memory_budget`,
-    and only potentials until backward.
+    Memory: up to 512 points, 8 max(N, M)^2 numbers a sample; beyond, max(N M, (N^2 + M^2)/2) numbers or what
+    `memory_budget` says. Until backward, one gradient as large as each of x and y that needs one.
     """
     check_points(x, y)
     blur = _check_temperature(blur, epsilon, scaling)
+    _check_refinement(tolerance, maximum_iterations, relaxation, initial)
     for name, weights in (("x_weights", x_weights), ("y_weights", y_weights)):
         if weights is not None and weights.requires_grad:
             raise ValueError(f"{name} requires a gradient, which is not available: pass {name}.detach()")
@@ -154,19 +177,32 @@ def sinkhorn_divergence(
     if not batched:
         x, y = x[None], y[None]
         companions = [None if companion is None else companion[None] for companion in companions]
-    wanted = [torch.is_grad_enabled() and points.requires_grad for points in (x, y)]
+    want_x, want_y = (torch.is_grad_enabled() and points.requires_grad for points in (x, y))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         clouds = make_clouds(x, y, *companions, blur=blur)
         schedule = annealing_schedule(clouds.diameters, blur, scaling, dtype=dtype, device=x.device)
-        arguments = (clouds, schedule, debias, wanted[0], wanted[1], return_info)
-        streamed = memory_budget is not None and dense_bytes(clouds, debias) > memory_budget
+        options = SolverOptions(
+            debias=debias,
+            want_gradient_x=want_x,
+            want_gradient_y=want_y,
+            want_error=return_info,
+            tolerance=tolerance,
+            maximum_iterations=maximum_iterations,
+            relaxation=relaxation,
+            initial=_start(initial, clouds, debias),
+        )
+        if initial is not None:
+            schedule = schedule.skipped()
+        points = max(clouds.x.shape[1], clouds.y.shape[1])
+        limit = math.inf if memory_budget is None else memory_budget
+        streamed = points > DENSE_POINTS or dense_bytes(clouds, debias) > limit
         if streamed:
-            assert memory_budget is not None
-            solution = solve_streaming(*arguments, memory_budget)
+            solution = solve_streaming(clouds, schedule, options, memory_budget)
         else:
-            solution = solve_dense(*arguments)
+            solution = solve_dense(clouds, schedule, options)
+        _warn_if_unfinished(solution.iterations - schedule.iterations, options)
     value = solution.value
-    if any(wanted):
+    if want_x or want_y:
         value = _EnvelopeGradient.apply(x, y, solution)
     if not batched:
         value = value[0]
@@ -175,125 +211,19 @@ def sinkhorn_divergence(
     return value, _information(solution, schedule, batched, "streaming" if streamed else "dense")
 
 
-def dense_bytes(clouds: Clouds, debias: bool) -> int:
-    """Bytes that the dense solver takes for costs and their exponents."""
-    size = max(clouds.x.shape[1], clouds.y.shape[1])
-    return (8 if debias else 4) * clouds.x.shape[0] * size * size * clouds.x.element_size()
-
-
-def solve_dense(
-    clouds: Clouds,
-    schedule: AnnealingSchedule,
-    debias: bool,
-    want_gradient_x: bool,
-    want_gradient_y: bool,
-    want_error: bool,
-) -> Solution:
-    """Solve all pairs with their cost matrices in memory.
-
-    The problems xy, yx and, when debiasing, xx, yy are stacked in this order along the first dimension of every tensor,
-    padded to L = max(N, M) rows and columns, so that an update is one operation over (problems, B, L, L).
-    """
-    n, m = clouds.x.shape[1], clouds.y.shape[1]
-    costs = _costs(clouds, debias)
-    weights = clouds.a.new_zeros(costs.shape[0], costs.shape[1], costs.shape[3])
-    for problem, columns in enumerate((clouds.b, clouds.a, clouds.a, clouds.b)[: costs.shape[0]]):
-        weights[problem, :, : columns.shape[1]] = columns
-    log_weights = weights.log2()
-    partner = torch.tensor([1, 0, 2, 3][: costs.shape[0]], device=costs.device)
-    kernel = torch.empty_like(costs)
-
-    def softmin(potentials: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New potentials, and the row sums that turn `kernel`, overwritten here, into plans."""
-        inverse = 1 / (epsilon * LOG_2)
-        logits = torch.addcmul(log_weights, potentials[partner], inverse[:, None])
-        torch.addcmul(logits[:, :, None, :], costs, -inverse[:, None, None], out=kernel)
-        logarithms, sums = exponentiate_(kernel)
-        return logarithms.div_(-inverse[:, None]), sums
-
-    potentials = torch.zeros_like(weights)
-    for epsilon, step in zip(schedule.epsilons, schedule.steps, strict=True):
-        potentials.lerp_(softmin(potentials, epsilon)[0], step[:, None].expand_as(potentials[0]))
-    final = torch.full_like(schedule.epsilons[0], schedule.epsilon)
-    potentials, sums = softmin(potentials, final)
-
-    f, g = potentials[0, :, :n], potentials[1, :, :m]
-    f_self, g_self = (potentials[2, :, :n], potentials[3, :, :m]) if debias else (None, None)
-    value = _pairing(clouds.a, f, f_self) + _pairing(clouds.b, g, g_self)
-
-    def plan(problem: int, rows: int, columns: int) -> torch.Tensor:
-        return kernel[problem, :, :rows, :columns] / sums[problem, :, :rows, None]
-
-    gradient_x = gradient_y = None
-    if want_gradient_x:
-        own = plan(2, n, n) if debias else None
-        gradient_x = partial(_gradient, clouds.a, clouds.x, clouds.y, own, plan(0, n, m))
-    if want_gradient_y:
-        own = plan(3, m, m) if debias else None
-        gradient_y = partial(_gradient, clouds.b, clouds.y, clouds.x, own, plan(1, m, n))
-    error = None
-    if want_error:
-        drift = ((potentials - softmin(potentials, final)[0]) / schedule.epsilon).expm1().abs()
-        error = (clouds.a * drift[0, :, :n]).sum(-1) + (clouds.b * drift[1, :, :m]).sum(-1)
-    return Solution(value, f, g, f_self, g_self, gradient_x, gradient_y, error)
-
-
-def _costs(clouds: Clouds, debias: bool) -> torch.Tensor:
-    """(problems, B, L, L) of 0.5*|p - q|^2; norms are the diagonals of the Gram matrices, so C_ii = 0 in self terms."""
-    x, y = clouds.x, clouds.y
-    n, m = x.shape[1], y.shape[1]
-    size = max(n, m)
-    costs = x.new_zeros(4 if debias else 2, x.shape[0], size, size)
-    if debias:
-        gram_x, gram_y = x @ x.mT, y @ y.mT
-        half_x = gram_x.diagonal(dim1=1, dim2=2) / 2
-        half_y = gram_y.diagonal(dim1=1, dim2=2) / 2
-        costs[2, :, :n, :n] = (half_x[:, :, None] + half_x[:, None, :]).sub_(gram_x)
-        costs[3, :, :m, :m] = (half_y[:, :, None] + half_y[:, None, :]).sub_(gram_y)
-    else:
-        half_x, half_y = x.square().sum(-1) / 2, y.square().sum(-1) / 2
-    cross = (half_x[:, :, None] + half_y[:, None, :]).sub_(x @ y.mT)
-    costs[0, :, :n, :m] = cross
-    costs[1, :, :m, :n] = cross.mT
-    return costs
-
-
-def _pairing(weights: torch.Tensor, potential: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
-    return (weights * (potential if own is None else potential - own)).sum(-1)
-
-
-def _gradient(
-    weights: torch.Tensor,
-    points: torch.Tensor,
-    others: torch.Tensor,
-    own: torch.Tensor | None,
-    cross: torch.Tensor,
-    upstream: torch.Tensor,
-) -> torch.Tensor:
-    """upstream * weights * (own @ points - cross @ others); without a self plan, the points themselves come first."""
-    scale = (weights * upstream[:, None])[:, :, None]
-    gradient = points * scale if own is None else torch.bmm(own * scale, points)
-    return gradient.baddbmm_(cross * scale, others, alpha=-1)
-
-
 class _EnvelopeGradient(torch.autograd.Function):
-    """Attaches a solver's gradient to its value; not differentiable a second time.
-
-    The points are saved only for autograd's check that nobody has changed them in place since.
-    """
+    """Attaches the gradients that a solver found to its value; not differentiable a second time."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, solution: Solution) -> torch.Tensor:
-        ctx.save_for_backward(x, y)
         ctx.gradients = (solution.gradient_x, solution.gradient_y)
         return solution.value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        assert len(ctx.saved_tensors) == 2
-        with torch.autocast(upstream.device.type, enabled=False):
-            return (*(None if gradient is None else gradient(upstream) for gradient in ctx.gradients), None)
+        scale = upstream[:, None, None]
+        return (*(None if gradient is None else gradient * scale for gradient in ctx.gradients), None)
 
 
 def _check_temperature(blur: float, epsilon: float | None, scaling: float) -> float:
@@ -310,6 +240,52 @@ def _check_temperature(blur: float, epsilon: float | None, scaling: float) -> fl
     return blur if epsilon is None else math.sqrt(epsilon)
 
 
+def _check_refinement(
+    tolerance: float | None, maximum_iterations: int, relaxation: float, initial: SinkhornInfo | None
+) -> None:
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance is {tolerance}, expected a positive marginal error, for example 1e-3")
+    if maximum_iterations < 1:
+        raise ValueError(f"maximum_iterations is {maximum_iterations}, expected at least 1")
+    if not 1 <= relaxation < 2:
+        raise ValueError(f"relaxation is {relaxation}, expected a number in [1, 2)")
+    if tolerance is None and (relaxation != 1 or initial is not None):
+        raise ValueError("relaxation and initial belong to iterating until convergence: pass tolerance too")
+
+
+def _start(initial: SinkhornInfo | None, clouds: Clouds, debias: bool) -> tuple[torch.Tensor | None, ...] | None:
+    """Given potentials as (B, N) and (B, M) tensors.
+
+    Raises:
+        ValueError: they belong to clouds of another shape.
+    """
+    if initial is None:
+        return None
+    given = (initial.f, initial.g, initial.f_self if debias else None, initial.g_self if debias else None)
+    start = []
+    for name, potential, weights in zip(("f", "g", "f_self", "g_self"), given, (clouds.a, clouds.b) * 2, strict=True):
+        if potential is not None:
+            potential = potential if potential.dim() == 2 else potential[None]
+            if potential.shape != weights.shape:
+                raise ValueError(
+                    f"initial.{name} has shape {tuple(potential.shape)}, the clouds need {tuple(weights.shape)}: "
+                    "it must come from a call with clouds of the same shapes"
+                )
+            potential = potential.to(weights)
+        start.append(potential)
+    return tuple(start)
+
+
+def _warn_if_unfinished(updates: torch.Tensor, options: SolverOptions) -> None:
+    if options.tolerance is not None and bool((updates >= options.maximum_iterations).any()):
+        warnings.warn(
+            f"sinkhorn_divergence: {int((updates >= options.maximum_iterations).sum())} of {len(updates)} pairs did "
+            f"not reach the tolerance {options.tolerance} in {options.maximum_iterations} updates; raise "
+            "maximum_iterations, relaxation or blur",
+            stacklevel=3,
+        )
+
+
 def _information(solution: Solution, schedule: AnnealingSchedule, batched: bool, solver: str) -> SinkhornInfo:
     assert solution.marginal_error is not None
 
@@ -321,7 +297,7 @@ def _information(solution: Solution, schedule: AnnealingSchedule, batched: bool,
         g=row(solution.g),
         f_self=None if solution.f_self is None else row(solution.f_self),
         g_self=None if solution.g_self is None else row(solution.g_self),
-        iterations=row(schedule.iterations),
+        iterations=row(solution.iterations),
         epsilon_start=row(schedule.epsilons[0]),
         epsilon=schedule.epsilon,
         marginal_error=row(solution.marginal_error),

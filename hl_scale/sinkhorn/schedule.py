@@ -41,6 +41,59 @@ class AnnealingSchedule:
     iterations: torch.Tensor
     epsilon: float
 
+    def target(self) -> torch.Tensor:
+        """(B,) the target temperature."""
+        return torch.full_like(self.epsilons[0], self.epsilon)
+
+    def skipped(self) -> AnnealingSchedule:
+        """No updates at all."""
+        return AnnealingSchedule(
+            self.target()[None], torch.zeros_like(self.steps[:1]), torch.zeros_like(self.iterations), self.epsilon
+        )
+
+
+class Refinement:
+    """Which samples of a batch still iterate, and by which steps, when marginals are to reach a tolerance.
+
+    After annealing, potentials alternate: f <- f + w (softmin - f), then g likewise from the new f; w = 1 is Sinkhorn's
+    algorithm, 1 < w < 2 over-relaxation (A. Thibault et al., "Overrelaxed Sinkhorn-Knopp algorithm for regularized
+    optimal transport", arXiv 1711.01851), which helps where convergence is slow and can diverge far from the solution:
+    a sample whose error grows to `_PATIENCE` times its best goes on with w = 1. Self terms have one potential and keep
+    averaged updates.
+
+    Attributes:
+        updates: of the batch so far; iterations: (B,) int64 on the CPU, of each sample.
+        best: (B,) smallest marginal error of each sample.
+    """
+
+    _PATIENCE = 4.0
+
+    def __init__(self, batch: int, relaxation: float, tolerance: float, like: torch.Tensor) -> None:
+        self.updates, self.tolerance = 0, tolerance
+        self.iterations = torch.zeros(batch, dtype=torch.int64)
+        self.best = like.new_full((batch,), torch.inf)
+        self._relaxation = like.new_full((batch,), relaxation)
+        self._active = like.new_ones(batch)
+
+    def any_active(self) -> bool:
+        return bool(self._active.any())
+
+    def step(self) -> torch.Tensor:
+        """(B,) step of the alternating updates, 0 for samples that are done."""
+        return self._relaxation * self._active
+
+    def half_step(self) -> torch.Tensor:
+        """(B,) step of the averaged updates of self terms."""
+        return 0.5 * self._active
+
+    def record(self, error: torch.Tensor) -> None:
+        """Take note of the marginal errors (B,) that the last update started from."""
+        self.updates += 1
+        self.iterations += self._active.cpu().long()
+        self._relaxation = torch.where(error > self._PATIENCE * self.best, 1.0, self._relaxation)
+        self.best = torch.minimum(self.best, error)
+        self._active = self._active * (error > self.tolerance)
+
 
 def annealing_schedule(
     diameters: torch.Tensor, blur: float, scaling: float, *, dtype: torch.dtype, device: torch.device
