@@ -26,7 +26,7 @@ _TILE_TENSORS = 2
 
 
 @dataclass(frozen=True)
-class _Budget:
+class Budget:
     """Edge of a tile, and bytes left for tiles that are kept."""
 
     edge: int
@@ -41,7 +41,7 @@ def solve_streaming(
     Raises:
         ValueError: the budget does not hold one cost.
     """
-    budget = _divide(memory_budget, clouds.x)
+    budget = divide_budget(memory_budget, clouds.x)
     a, b = clouds.a, clouds.b
     solution = Solution(
         value=a.new_zeros(len(a)),
@@ -59,10 +59,10 @@ def solve_streaming(
     return solution
 
 
-def _divide(memory_budget: int | None, like: torch.Tensor) -> _Budget:
+def divide_budget(memory_budget: int | None, like: torch.Tensor) -> Budget:
     edge = _CUDA_EDGE if like.is_cuda else _CPU_EDGE
     if memory_budget is None:
-        return _Budget(edge, math.inf)
+        return Budget(edge, math.inf)
     numbers = memory_budget // like.element_size()
     edge = min(edge, math.isqrt(numbers // _TILE_TENSORS))
     if edge < 1:
@@ -70,13 +70,13 @@ def _divide(memory_budget: int | None, like: torch.Tensor) -> _Budget:
             f"memory_budget is {memory_budget} bytes, but one cost takes {_TILE_TENSORS * like.element_size()}: "
             "raise it, or pass None"
         )
-    return _Budget(edge, memory_budget - _TILE_TENSORS * edge * edge * like.element_size())
+    return Budget(edge, memory_budget - _TILE_TENSORS * edge * edge * like.element_size())
 
 
 _Start = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-class _Cloud:
+class Cloud:
     """One cloud of a pair without padding.
 
     Attributes:
@@ -100,13 +100,13 @@ class _Cloud:
         return self.weights @ (change / epsilon).expm1().abs()
 
 
-class _Costs:
+class Costs:
     """Costs 0.5*|x_i - y_j|^2 between two clouds, or within one, in tiles.
 
     Within one cloud only tiles on and above the diagonal exist; those above stand for their mirror images too.
     """
 
-    def __init__(self, x: _Cloud, y: _Cloud, budget: _Budget) -> None:
+    def __init__(self, x: Cloud, y: Cloud, budget: Budget) -> None:
         self.x, self.y, self.symmetric = x, y, x is y
         self.edge = min(budget.edge, max(len(x.weights), len(y.weights)))
         self.work = x.points.new_empty(_TILE_TENSORS, self.edge * self.edge)
@@ -166,7 +166,7 @@ class _Costs:
 
     def solve(
         self, updates: list[tuple[float, float]], epsilon: float, options: SolverOptions, start: _Start
-    ) -> tuple[_Potentials, _Potentials, int]:
+    ) -> tuple[Potentials, Potentials, int]:
         """Potentials of x and y after annealing by `updates` (temperature, step), refining and a last full update.
 
         Also the number of refining updates.
@@ -181,7 +181,7 @@ class _Costs:
         if options.tolerance is not None:
             f, g, refined = self.refine(f, g, epsilon, options)
         last_f, last_g = self.softmin(f, g, epsilon)
-        return _Potentials(last_f, g), _Potentials(last_g, f), refined
+        return Potentials(last_f, g), Potentials(last_g, f), refined
 
     def refine(
         self, f: torch.Tensor, g: torch.Tensor, epsilon: float, options: SolverOptions
@@ -202,10 +202,15 @@ class _Costs:
             state.record(error[None])
         return f, g, state.updates
 
-    def barycentres(self, final: _Potentials, epsilon: float, transposed: bool = False) -> torch.Tensor:
-        """sum_j P_ij y_j (N, D) with P_ij = b_j exp((f_i + g_j - C_ij) / epsilon), whose rows sum to 1.
+    def barycentres(self, final: Potentials, epsilon: float, transposed: bool = False) -> torch.Tensor:
+        """sum_j P_ij y_j (N, D), for P whose rows sum to 1; transposed, sum_i P_ji x_i (M, D)."""
+        moved, sums = self.transported(final, epsilon, transposed)
+        return moved.div_(sums[:, None])  # 1 up to rounding
 
-        Transposed: sum_i P_ji x_i (M, D), for the potentials of y.
+    def transported(self, final: Potentials, epsilon: float, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum_j P_ij y_j (N, D) and sum_j P_ij (N,) with P_ij = b_j exp((f_i + g_j - C_ij) / epsilon).
+
+        Transposed: sum_i P_ji x_i (M, D) and sum_i P_ji (M,), for the potentials of y.
         """
         inverse = 1 / (epsilon * LOG_2)
         ours, others = (self.y, self.x) if transposed else (self.x, self.y)
@@ -223,11 +228,11 @@ class _Costs:
                 plan = plan.clamp_(min=smallest).exp2_()
                 moved[columns].addmm_(plan.T, self.x.points[rows])
                 sums[columns] += plan.sum(0)
-        return moved.div_(sums[:, None])  # 1 up to rounding
+        return moved, sums
 
 
 @dataclass(frozen=True)
-class _Potentials:
+class Potentials:
     """Final potential of a cloud, and its partner's before the last update: together they make the plan."""
 
     own: torch.Tensor
@@ -239,11 +244,11 @@ def _solve_pair(
     schedule: AnnealingSchedule,
     sample: int,
     solution: Solution,
-    budget: _Budget,
+    budget: Budget,
     options: SolverOptions,
 ) -> None:
     """Anneal one pair of the batch and write its row of `solution`."""
-    x, y = _Cloud(clouds.x[sample], clouds.a[sample]), _Cloud(clouds.y[sample], clouds.b[sample])
+    x, y = Cloud(clouds.x[sample], clouds.a[sample]), Cloud(clouds.y[sample], clouds.b[sample])
     epsilon, count = schedule.epsilon, int(schedule.iterations[sample])
     updates = list(
         zip(schedule.epsilons[:count, sample].tolist(), schedule.steps[:count, sample].tolist(), strict=True)
@@ -254,7 +259,7 @@ def _solve_pair(
         for potential, cloud in zip(given, (x, y, x, y), strict=True)
     ]
 
-    costs = _Costs(x, y, budget)
+    costs = Costs(x, y, budget)
     final_f, final_g, refined = costs.solve(updates, epsilon, options, (starts[0], starts[1]))
     solution.f[sample, x.inside], solution.g[sample, y.inside] = final_f.own, final_g.own
     value = x.weights @ final_f.own + y.weights @ final_g.own
@@ -271,7 +276,7 @@ def _solve_pair(
     ):
         barycentre = cloud.points
         if own is not None:
-            self_costs = _Costs(cloud, cloud, budget)
+            self_costs = Costs(cloud, cloud, budget)
             final, _, again = self_costs.solve(updates, epsilon, options, (start, start))
             own[sample, cloud.inside] = final.own
             value = value - cloud.weights @ final.own
