@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from hl_scale.config import Config, load_config, parse_config
+
+if TYPE_CHECKING:
+    from hl_scale.base import AdaptedModel
+    from hl_scale.engine.run import LoadedRun
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +32,7 @@ RunPath = Annotated[Path, typer.Argument(help="run directory of a training")]
 Condition = Annotated[
     str, typer.Option("--condition", help='"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1})')
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU unless there is none")]
 Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
 
 
@@ -65,20 +71,19 @@ def evaluate(
     control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,
     sentences: Annotated[int | None, typer.Option(help="held-out sentences per dialect; all unless given")] = None,
     step: Step = None,
+    device: Device = None,
 ) -> None:
     """Per-dialect table with intervals and controls; writes evaluation.json, evaluation.md and report.html."""
     from hl_scale.data.corpus import load_corpus
-    from hl_scale.engine.run import LoadedRun, load_run, write_text
+    from hl_scale.engine.run import write_text
     from hl_scale.evaluation import evaluate_dialects, markdown_table, render_table, save, write_report
 
-    loaded = load_run(run, step)
+    loaded = _load(run, step, device)
     if sentences is not None:
         tree = loaded.config.model_dump()
         tree["evaluation"]["sentences"] = sentences
-        loaded = LoadedRun(
-            loaded.directory, parse_config(tree, "--sentences"), loaded.base, loaded.hypernetwork, loaded.step
-        )
-    other = load_run(control, base=loaded.base) if control is not None else None
+        loaded = dataclasses.replace(loaded, config=parse_config(tree, "--sentences"))
+    other = _load(control, None, device, loaded.base) if control is not None else None
     result = evaluate_dialects(loaded, load_corpus(loaded.config.data.directory), control=other)
     save(result, run)
     write_text(run / "evaluation.md", markdown_table(result))
@@ -94,13 +99,13 @@ def generate(
     condition: Condition,
     out: Annotated[Path, typer.Option(help="directory to write")],
     step: Step = None,
+    device: Device = None,
     force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
 ) -> None:
     """Write the adapter of one condition as a PEFT directory."""
-    from hl_scale.engine.run import load_run
     from hl_scale.serving import generate_adapter
 
-    print(f"adapter: {generate_adapter(load_run(run, step), condition, out, force=force)}")
+    print(f"adapter: {generate_adapter(_load(run, step, device), condition, out, force=force)}")
 
 
 @app.command()
@@ -111,17 +116,17 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the base, in 16 bits")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
     step: Step = None,
+    device: Device = None,
     force: Annotated[bool, typer.Option(help="replace a checkpoint written earlier")] = False,
 ) -> None:
     """Write a merged checkpoint that transformers loads without this package."""
-    from hl_scale.engine.run import load_run
     from hl_scale.serving import merge_adapter
 
     if not merged:
         raise ValueError("export writes merged checkpoints: add --merged (an adapter alone is `hl-scale generate`)")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype {dtype} is not one of bfloat16, float16, float32")
-    written: Any = merge_adapter(load_run(run, step), condition, out, dtype=dtype, force=force)  # type: ignore[arg-type]
+    written: Any = merge_adapter(_load(run, step, device), condition, out, dtype=dtype, force=force)  # type: ignore[arg-type]
     print(f"merged checkpoint: {written.directory}")
     print(f"  check against the run: {written.check}")
 
@@ -144,9 +149,27 @@ def varieties() -> None:
 
 
 @app.command()
+def features() -> None:
+    """List the eWAVE features: number, name, and whether Multi-VALUE has a rule for it."""
+    from hl_scale.conditions import typology
+
+    for number, (name, rule) in enumerate(
+        zip(typology.feature_names(), typology.implementable_features(), strict=True), start=1
+    ):
+        print(f"{number:3d}  {'rule   ' if rule else 'no rule'}  {name}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a configuration, with the help text of every key."""
     print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def _load(directory: Path, step: int | None, device: str | None, base: AdaptedModel | None = None) -> LoadedRun:
+    from hl_scale.engine.run import load_run
+    from hl_scale.engine.zero3 import default_device
+
+    return load_run(directory, step, base, device or default_device())
 
 
 def main() -> None:

@@ -271,6 +271,18 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="after")
+    def _every_group_shares_the_batch(self) -> Config:
+        workers, batch = self.cluster.num_workers, self.training.global_batch_size
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        uneven = [str(size) for size in range(low, high + 1) if batch % size]
+        if uneven:
+            raise ValueError(
+                f"cluster.num_workers allows {', '.join(uneven)} workers, which cannot share "
+                f"training.global_batch_size = {batch} evenly: give one number, or a batch that every size divides"
+            )
+        return self
+
 
 def load_config(
     path: str | os.PathLike[str],

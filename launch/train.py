@@ -27,7 +27,7 @@ def main() -> int:
     limit_threads(int(local_size))
     try:
         result = train(load_config(arguments.config, arguments.overrides))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,4 +39,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of the process group that still wait for peers would abort an ordinary exit

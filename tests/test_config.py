@@ -88,6 +88,11 @@ def test_all_problems_are_reported_at_once_with_path_value_reason_and_fix() -> N
     assert "use one of 'none' or 'cpu'" in message
 
 
+def test_workers_that_cannot_share_the_global_batch_are_refused() -> None:
+    message = complaint(cluster={"num_workers": [4, 8]}, training={"steps": 1, "global_batch_size": 32})
+    assert "allows 5, 6, 7 workers, which cannot share training.global_batch_size = 32 evenly" in message
+
+
 def test_the_help_text_of_a_field_is_the_fix() -> None:
     assert "fix: Rank r of every generated adapter." in complaint(lora={"rank": -3})
 
@@ -134,11 +139,11 @@ def test_environment_variables_without_a_section_are_not_keys(path: Path) -> Non
 
 def test_overrides_are_yaml_values(path: Path) -> None:
     config = load_config(
-        path, ["training.learning_rate=2e-3", "lora.target_modules=[a, b]", "cluster.num_workers=[1, 4]"], {}
+        path, ["training.learning_rate=2e-3", "lora.target_modules=[a, b]", "cluster.num_workers=[1, 2]"], {}
     )
     assert config.training.learning_rate == 2e-3
     assert config.lora.target_modules == ("a", "b")
-    assert config.cluster.num_workers == (1, 4)
+    assert config.cluster.num_workers == (1, 2)
 
 
 @pytest.mark.parametrize("override", ["training.steps", "steps=3", "=3", ""])

@@ -28,6 +28,7 @@ class AdaptedModel(nn.Module):
         tokenizer: its tokenizer, or None in tests.
         lora: which modules are slots, and the rank to check against.
         fingerprint: identifies weights and quantisation; keys caches and run provenance.
+        from_multimodal: this is the language model inside a larger checkpoint, where its modules have other paths.
 
     Raises:
         BaseModelError: a target module does not exist, or the rank is larger than a slot allows.
@@ -38,6 +39,7 @@ class AdaptedModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
+        self.from_multimodal = False
         # Path inside the transformers model -> every frozen linear layer.
         self.linears: dict[str, AdaptableLinear] = {
             path: module for path, module in model.named_modules() if isinstance(module, AdaptableLinear)

@@ -43,6 +43,8 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
 
     directory = resolve_model(base)
     trust: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
+    if base.trust_remote_code:
+        _refuse_foreign_code(directory)
     try:
         config = AutoConfig.from_pretrained(directory, **trust)
         tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
@@ -54,6 +56,7 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
         ) from None
     model_class = _model_class(base, config)
     dtype = getattr(torch, base.compute_dtype)
+    multimodal = hasattr(config, "text_config")
     config = getattr(config, "text_config", config)
     with init_empty_weights(include_buffers=False):
         model = model_class.from_config(config, dtype=dtype, **trust)
@@ -64,12 +67,16 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
     for name, buffer in model.named_buffers():  # computed from the configuration: scales, rotary frequencies
         digests[name] = _digest(buffer.detach().cpu())
     fingerprint = _fingerprint(base, config, tokenizer, digests)
+    if tokenizer.pad_token is None:  # padding is masked everywhere, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     model.tie_weights()
     _replace_linears(model, base)
     _check_complete(model, directory)
     _freeze(model, base)
     model.to(device)
-    return AdaptedModel(model, tokenizer, lora, fingerprint)
+    adapted = AdaptedModel(model, tokenizer, lora, fingerprint)
+    adapted.from_multimodal = multimodal
+    return adapted
 
 
 def adapt_model(
@@ -83,6 +90,20 @@ def adapt_model(
             parameter.data = parameter.data.to(dtype)
     _freeze(model, base)
     return AdaptedModel(model, tokenizer, lora, fingerprint)
+
+
+def _refuse_foreign_code(directory: Path) -> None:
+    """The pinned revision covers the model's own repository; code that it takes from another one is not pinned."""
+    for name in ("config.json", "tokenizer_config.json"):
+        path = directory / name
+        mapping = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
+        flat = [part for value in mapping.values() for part in (value if isinstance(value, list) else [value])]
+        foreign = sorted({str(part).split("--")[0] for part in flat if part and "--" in str(part)})
+        if foreign:
+            raise BaseModelError(
+                f"{path} takes Python code from {', '.join(foreign)}, whose revision base.revision does not pin\n"
+                "  fix: download model and code into one directory, with auto_map naming local files, and review it"
+            )
 
 
 def _digest(tensor: Tensor) -> str:
@@ -124,7 +145,7 @@ def resolve_model(base: BaseModelConfig) -> Path:
             snapshot_download(
                 base.model,
                 revision=base.revision,
-                allow_patterns=_HUB_PATTERNS,
+                allow_patterns=[*_HUB_PATTERNS, "*.py"] if base.trust_remote_code else _HUB_PATTERNS,
                 ignore_patterns=["consolidated*", "original/*"],
             )
         )

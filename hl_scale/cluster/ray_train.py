@@ -41,6 +41,7 @@ def train_on_ray(config: Config) -> dict[str, Any]:
                 f"this Ray cluster has {len(nodes)} nodes but cluster.storage_path is not set\n"
                 "  fix: set cluster.storage_path, run.directory and data.directory to storage that every node mounts"
             )
+        _refuse_job_paths(config)
         config = with_absolute_paths(config)
         storage = cluster.storage_path or str(Path(config.run.directory).parent)
         trainer = TorchTrainer(
@@ -77,6 +78,20 @@ def with_absolute_paths(config: Config) -> Config:
     if model.is_dir():
         tree["base"]["model"] = str(model.absolute())
     return parse_config(tree)
+
+
+def _refuse_job_paths(config: Config) -> None:
+    """A submitted job runs in a temporary copy of its working directory: relative paths would vanish with it."""
+    relative = [
+        f"{section}.directory"
+        for section, path in (("run", config.run.directory), ("data", config.data.directory))
+        if not Path(path).is_absolute()
+    ]
+    if relative and "working_dir_files" in Path.cwd().parts:
+        raise ConfigError(
+            f"{' and '.join(relative)} would lie in Ray's temporary copy of the working directory ({Path.cwd()})\n"
+            "  fix: give absolute paths on storage that every node mounts"
+        )
 
 
 def _initialize_ray() -> None:
@@ -116,7 +131,7 @@ def _worker(tree: dict[str, Any]) -> dict[str, Any]:
     config = parse_config(tree)
     try:
         result = train(config, on_checkpoint=report)
-    except ValueError as error:  # on all workers alike: returned instead of raised, so that Ray does not try again
+    except (ValueError, OSError) as error:  # returned by all workers alike: raised, it would make Ray try again
         return {"error": str(error)}
     return {
         "step": result.step,

@@ -197,7 +197,7 @@ def _read_hub(source: SentenceSource) -> Iterator[str]:
 
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # scripts: RuntimeError
         raise SentenceError(
             f"could not load {describe(source)} with `datasets`: {error}\n"
             "  fix: check path, name, split and revision, that the hub can be reached, or point path at local files"

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
+_OWN_FILE = re.compile(r"manifest\.json|(sentences|train|heldout|failures)-\d{5,}\.parquet")
 FORMAT_VERSION = 1
 
 
@@ -142,11 +144,12 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not.
 
     Raises:
-        CorpusError: `target` exists and is neither empty nor a corpus: it is not touched.
+        CorpusError: `target` exists and holds anything that is not part of a corpus: it is not touched.
     """
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
+    if target.exists() and not (target.is_dir() and all(_OWN_FILE.fullmatch(path.name) for path in target.iterdir())):
         raise CorpusError(
-            f"{target} exists and is not a corpus; it is left alone\n  fix: set data.directory to a new or empty folder"
+            f"{target} exists and holds other files than a corpus; it is left alone\n"
+            "  fix: set data.directory to a new or empty folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -154,8 +157,14 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         fresh = temporary / "new"
         fresh.mkdir()
         yield fresh
-        if target.exists():
-            os.replace(target, temporary / "old")
-        os.replace(fresh, target)
+        if not target.exists():
+            os.replace(fresh, target)
+            return
+        os.replace(target, temporary / "old")
+        try:
+            os.replace(fresh, target)
+        except BaseException:
+            os.replace(temporary / "old", target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,8 @@ follows from the seed and the step number alone, so launchers and world sizes se
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import signal
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.conditions import typology
@@ -70,11 +73,12 @@ def train(
     objective = AlignmentObjective(config.objective)
     with zero3.together(world):
         inputs = _load_inputs(config, world)
+    _check_agreement(config, inputs, world)
     with zero3.together(world):
         if world.is_main:
             open_run_directory(config)
     base, found = inputs.base, inputs.found
-    targets = TargetCache(Path(f"{config.data.directory}-targets"), base, objective)
+    targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), base, objective)
     targets.prepare([pair.standard for pair in inputs.pairs], world, _report_targets if world.is_main else None)
 
     torch.manual_seed(config.run.seed)
@@ -87,7 +91,10 @@ def train(
     if found is not None:
         zero3.restore_partitions(engine, full, found.step - found.skipped_steps, world)
     del full
-    reporter = _open_reporter(config, inputs) if world.is_main else None
+    reporter = None
+    with zero3.together(world):
+        if world.is_main:
+            reporter = _open_reporter(config, inputs)
     try:
         return _Loop(config, world, plan, engine, inputs, targets).run(reporter, on_checkpoint, stop_at)
     finally:
@@ -117,10 +124,44 @@ def _load_inputs(config: Config, world: World) -> _Inputs:
     lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
     found, problems = checkpoint.newest(Path(config.run.directory) / "checkpoints")
+    if found is None and problems:
+        listed = "\n  ".join(problems)
+        raise checkpoint.CheckpointError(
+            f"no checkpoint of {config.run.directory} can be used:\n  {listed}\n"
+            "  fix: restore one of them, or choose another run.directory to start over; nothing was changed"
+        )
     inputs = _Inputs(base, corpus.train, sampler, corpus_fingerprint(corpus), found, problems)
     if found is not None:
         _check_origin(found, inputs)
     return inputs
+
+
+def _check_agreement(config: Config, inputs: _Inputs, world: World) -> None:
+    """Ranks on several nodes read their own files and variables: all must have found the same; collective.
+
+    Raises:
+        ConfigError: on every rank, naming a rank that differs and in what.
+    """
+    paths = {"run", "cluster"}  # where things are may differ between nodes
+    tree = {name: section for name, section in config.model_dump(mode="json").items() if name not in paths}
+    for section, key in (("data", "directory"), ("base", "model"), ("base", "cache_directory")):
+        tree[section].pop(key)
+    facts = {
+        "configuration": hashlib.sha256(json.dumps([tree, config.run.seed], sort_keys=True).encode()).hexdigest(),
+        "base model": inputs.base.fingerprint,
+        "corpus": inputs.data_fingerprint,
+        "checkpoint to resume from": None if inputs.found is None else inputs.found.step,
+    }
+    everywhere: list[Any] = [None] * world.size
+    dist.all_gather_object(everywhere, facts)
+    for rank, others in enumerate(everywhere):
+        for name, value in everywhere[0].items():
+            if others[name] != value:
+                raise ConfigError(
+                    f"rank {rank} has another {name} than rank 0 ({others[name]!r:.20} instead of {value!r:.20})\n"
+                    "  fix: give settings as section.key=value arguments (launchers do not pass variables to other "
+                    "nodes), and put run.directory and data.directory on storage that every node shares"
+                )
 
 
 def _open_reporter(config: Config, inputs: _Inputs) -> Reporter:

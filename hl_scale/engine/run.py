@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from hl_scale.engine import checkpoint
 from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
 
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geomloss", "peft", "value-nlp", "numpy")
-# Sections and keys that may change when a run is continued: they do not change what is computed.
+# Sections and keys that may change when a run is continued: they do not change what is computed, or, of the corpus and
+# the base, fingerprints in the checkpoint tell whether they are the same.
 _MAY_CHANGE = {"run.directory", "cluster", "evaluation", "training.save_every", "training.keep_checkpoints",
                "training.log_every", "training.loggers", "training.micro_batch_size", "base.cache_directory",
-               "base.placement", "base.gradient_checkpointing", "zero3", "data.num_workers"}  # fmt: skip
+               "base.placement", "base.gradient_checkpointing", "zero3", "data.num_workers",
+               "data.directory", "base.model"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class LoadedRun:
     base: AdaptedModel
     hypernetwork: Hypernetwork
     step: int
+    data_fingerprint: str | None = None
+    """Of the corpus it was trained on."""
 
 
 def load_run(
@@ -66,6 +71,8 @@ def load_run(
     found, problems = checkpoint.newest(directory / "checkpoints", step)
     if found is None:
         raise ConfigError(f"{directory} has no usable checkpoint. {' '.join(problems)}\n  fix: train it first")
+    for problem in problems:
+        logging.getLogger(__name__).warning("checkpoint passed over, step %d is used: %s", found.step, problem)
     base = load_base(config.base, config.lora, device) if base is None else base
     if found.manifest["base_fingerprint"] != base.fingerprint:
         raise checkpoint.CheckpointError(
@@ -81,7 +88,7 @@ def load_run(
     stripped = checkpoint.Checkpoint(found.directory, {**found.manifest, "shapes": shapes})
     checkpoint.load_weights(hypernetwork, stripped, weights)
     hypernetwork.requires_grad_(False).eval().to(device)
-    return LoadedRun(directory, config, base, hypernetwork, found.step)
+    return LoadedRun(directory, config, base, hypernetwork, found.step, found.manifest["data_fingerprint"])
 
 
 def check_run_directory(config: Config) -> None:

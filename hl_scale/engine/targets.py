@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hl_scale.base import AdaptedModel
+from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 from hl_scale.objectives.alignment import AlignmentObjective
 
@@ -56,11 +57,11 @@ class TargetCache:
         _agree(world)  # nobody writes before everybody has looked
         chunks = [missing[i : i + TEXTS_PER_CHUNK] for i in range(0, len(missing), TEXTS_PER_CHUNK)]
         mine = chunks[world.rank :: world.size]
-        for done, chunk in enumerate(mine):
-            if report is not None:
-                report(done, len(mine))
-            self._write(chunk, world.device)
-        _agree(world)
+        with zero3.together(world):
+            for done, chunk in enumerate(mine):
+                if report is not None:
+                    report(done, len(mine))
+                self._write(chunk, world.device)
         self._scan()
 
     def get(self, text: str) -> Tensor:
@@ -82,6 +83,8 @@ class TargetCache:
         try:
             save_file(clouds, temporary)
             os.replace(temporary, self.directory / f"{name}.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"frozen targets were not written to {self.directory}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

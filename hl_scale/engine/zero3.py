@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hl_scale.config import BaseModelConfig, TrainingConfig, Zero3Config
+from hl_scale.config import BaseModelConfig, ConfigError, TrainingConfig, Zero3Config
 from hl_scale.data.sampling import BatchPlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,12 +37,18 @@ class World:
         return self.rank == 0
 
 
+def default_device() -> str:
+    """ "cuda" where there is a GPU and DS_ACCELERATOR does not ask for the CPU."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
 def join_world() -> World:
     """Join the process group a launcher described by RANK, WORLD_SIZE and MASTER_*, or start a group of one."""
-    has_gpu = torch.cuda.is_available()
+    has_gpu = default_device() == "cuda"
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
+        _refuse_lone_tasks()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -58,6 +64,20 @@ def join_world() -> World:
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _refuse_lone_tasks() -> None:
+    """Tasks that srun or mpirun started without RANK would each train alone, all into one run directory."""
+    for count, rank, local in (
+        ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ):
+        if rank in os.environ and os.environ.get(count, "1") != "1":
+            raise ConfigError(
+                f"{os.environ[count]} tasks were started ({count}), but RANK is not set, so each would train alone\n"
+                f"  fix: export MASTER_ADDR and MASTER_PORT and start each task with bash -c 'RANK=${rank} "
+                f"LOCAL_RANK=${local} WORLD_SIZE=${count} python launch/train.py --config ...'"
+            )
 
 
 class RankError(ValueError):
@@ -108,6 +128,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": training.gradient_clipping,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": base.compute_dtype == "bfloat16"},
         "zero_optimization": optimization,
         "steps_per_print": 10**9,

@@ -107,6 +107,7 @@ def evaluate_dialects(
     started = time.perf_counter()
     settings = run.config.evaluation
     heldout = _select(corpus, run.config.data.evaluation_varieties, settings.sentences, settings.seed)
+    _check_corpus(run, control, corpus)
     _check_control(run, control)
     bootstrap = SentenceBootstrap(len(heldout.standard), samples=settings.bootstrap_samples, seed=settings.seed)
     with _progress_bar(_passes(heldout, control is not None, run.base.has_head), progress) as advance:
@@ -175,6 +176,18 @@ def _select(corpus: Corpus, varieties: Sequence[str], limit: int | None, seed: i
             f"no held-out sentence is left for: {', '.join(empty)}\n  fix: raise evaluation.sentences"
         )
     return _HeldOut(pairs, standard, available)
+
+
+def _check_corpus(run: LoadedRun, control: LoadedRun | None, corpus: Corpus) -> None:
+    """Refuse a corpus that another split made: its held-out sentences may have been trained on."""
+    current = corpus.manifest.get("fingerprint")
+    for loaded in (run, control):
+        if loaded is not None and loaded.data_fingerprint not in (None, current):
+            raise EvaluationError(
+                f"{loaded.directory} was trained on corpus {str(loaded.data_fingerprint)[:12]}, but "
+                f"{loaded.config.data.directory} now holds {str(current)[:12]}: sentences held out there may have been "
+                "trained on\n  fix: prepare the corpus with the run's own config.yaml, or train again"
+            )
 
 
 def _check_control(run: LoadedRun, control: LoadedRun | None) -> None:

@@ -66,8 +66,13 @@ def generate_adapter(
         ValueError: an unknown condition, a directory in the way, or factors that are not finite.
     """
     check_replaceable(directory, force=force)
-    parsed, factors = generate_factors(run, condition)
     base = run.config.base
+    if run.base.from_multimodal and base_model_name_or_path is None:
+        raise ValueError(
+            f"{base.model} is a multimodal checkpoint: its language model's layers have other paths there, and PEFT "
+            "would apply nothing\n  fix: write a merged checkpoint instead (hl-scale export --merged)"
+        )
+    parsed, factors = generate_factors(run, condition)
     return write_peft_adapter(
         factors,
         directory,

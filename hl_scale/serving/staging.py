@@ -69,7 +69,7 @@ def _commit(staging: Path, target: Path, *, force: bool) -> None:
         os.rename(target, retired / target.name)
         try:
             os.rename(staging, target)
-        except OSError:
+        except BaseException:
             os.rename(retired / target.name, target)
             raise
         _flush_entry(target.parent)

@@ -292,3 +292,29 @@ def test_the_packaged_gemma_in_4_bits_still_knows_english() -> None:
         logits = base.logits(ids, torch.ones_like(ids))
     loss = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert loss < 6.0, f"{loss} nats a token"
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_another(
+    saved: Saved, load: Load, copy: Callable[[str], Path]
+) -> None:
+    directory = copy("llama")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
+    base = load(directory)
+    encoded = base.tokenizer(["a b", "a"], return_tensors="pt", padding=True)
+    assert encoded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    real, expected = encoded["attention_mask"].bool(), load(saved("llama"))
+    same = expected.tokenizer(["a b", "a"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = base.logits(**encoded)[real]
+        torch.testing.assert_close(logits, expected.logits(**same)[real], rtol=1e-5, atol=1e-6)
+
+
+def test_code_from_a_repository_that_the_revision_does_not_pin_is_refused(copy: Callable[[str], Path]) -> None:
+    directory = copy("llama")
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "someone/else--modeling_x.Model"}
+    (directory / "config.json").write_text(json.dumps(config))
+    base = BaseModelConfig(model=str(directory), trust_remote_code=True, revision="0" * 40)
+    with pytest.raises(BaseModelError, match="takes Python code from someone/else"):
+        load_base(base, LoraConfig(rank=4))

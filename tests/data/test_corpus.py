@@ -223,7 +223,8 @@ def test_a_folder_that_is_not_a_corpus_is_never_replaced(data_config: Build, in_
     precious = tmp_path / "corpus"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
-    with pytest.raises(CorpusError, match="is not a corpus; it is left alone"):
+    (precious / "manifest.json").write_text("{}")  # of something else
+    with pytest.raises(CorpusError, match="holds other files than a corpus; it is left alone"):
         prepare_corpus(data_config())
     assert (precious / "thesis.tex").read_text() == "years of work"
     assert in_process.count == 0

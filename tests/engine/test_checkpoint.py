@@ -113,6 +113,15 @@ def test_a_damaged_newer_checkpoint_never_pushes_a_good_one_out(single_process, 
     assert found.step == 5 and len(problems) == 1
 
 
+def test_a_run_without_any_good_checkpoint_is_not_started_over(single_process, tiny_config, copied):
+    for step in (2, 4, 6):
+        remove(shard_of(copied, step))
+    before = sorted(path.name for path in copied.iterdir())
+    with pytest.raises(CheckpointError, match=r"can be used:(.|\n)*step-000006.*is missing"):
+        train(tiny_config(copied.parent))
+    assert sorted(path.name for path in copied.iterdir()) == before
+
+
 def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(single_process, tiny_config, copied, finished, capsys):
     flip(shard_of(copied, 6))
     result = train(tiny_config(copied.parent))

@@ -26,6 +26,8 @@ def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory):
     plans = {
         "accumulated": ({"training.micro_batch_size": 2}, {}),
         "zero3": ({"base.placement": "zero3"}, {}),
+        "zero3_checkpointed": ({"base.placement": "zero3", "base.gradient_checkpointing": True}, {}),
+        "offloaded": ({"zero3.offload": "cpu"}, {}),
         "fresh_targets": ({"data.directory": fresh}, {"stop_at": 1}),
         "poisoned": ({**stop, "data.directory": fresh}, {"fault": "poisoned_targets"}),
         "poisoned_zero3_bfloat16": (
@@ -33,6 +35,7 @@ def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory):
         ),
         "damaged_corpus": ({}, {"fault": "damaged_corpus"}),
         "full_disk": ({}, {"fault": "full_disk"}),
+        "other_settings": ({}, {"fault": "other_settings"}),
     }  # fmt: skip
     scenarios = [
         {"name": name, "config": str(write_yaml(tiny_config(root / name, settings), root / f"{name}.yaml")), **more}
@@ -74,6 +77,11 @@ def test_gradient_accumulation_gives_the_same_losses(ranks, losses_of, deepspeed
 
 def test_both_placements_give_the_same_losses(ranks, losses_of, deepspeed_run):
     assert close(losses_of(ranks.root / "zero3"), losses_of(deepspeed_run))
+
+
+def test_recomputed_blocks_and_offloaded_states_give_the_same_losses(ranks, losses_of, deepspeed_run):
+    for name in ("zero3_checkpointed", "offloaded"):
+        assert close(losses_of(ranks.root / name), losses_of(deepspeed_run))
 
 
 def test_zero3_leaves_half_of_the_packed_bytes_on_each_rank(ranks):
@@ -155,3 +163,10 @@ def test_a_failed_checkpoint_on_one_rank_leaves_nothing_half_written(ranks):
 def test_bfloat16_losses_are_finite_until_the_fault(ranks):
     lines = (ranks.root / "poisoned_zero3_bfloat16" / "metrics.jsonl").read_text().splitlines()
     assert all(math.isfinite(json.loads(line)["loss"]) for line in lines[:3])
+
+
+def test_ranks_with_different_settings_refuse_before_anything_is_written(ranks):
+    for answer in ranks.answers:
+        assert answer["other_settings"]["error"] == "ConfigError"
+        assert "rank 1 has another configuration than rank 0" in answer["other_settings"]["message"]
+    assert not (ranks.root / "other_settings").exists()

@@ -2,7 +2,7 @@
 
 Arguments: a JSON file with a list of {name, config, stop_at, fault}, and a directory for the answers, rank-<n>.json.
 Faults act on rank 1 alone: `poisoned_targets` makes its targets NaN from step 4 on, `damaged_corpus` lets it read
-another corpus folder, `full_disk` fails its first checkpoint write.
+another corpus folder, `other_settings` gives it another learning rate, `full_disk` fails its first checkpoint write.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def fault(name: str | None):
             loop, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
         ):
             yield
+    elif name == "other_settings":
+        os.environ["HL_SCALE_TRAINING__LEARNING_RATE"] = "0.5"
+        yield
+        del os.environ["HL_SCALE_TRAINING__LEARNING_RATE"]
     elif name == "full_disk":
         with mock.patch.object(checkpoint, "save_file", side_effect=OSError(28, "No space left on device")):
             yield

@@ -260,3 +260,9 @@ def test_a_control_that_is_no_plain_lora_or_has_another_base_is_refused(make_run
     control.base.fingerprint = "0" * 64
     with pytest.raises(EvaluationError, match="another base"):
         evaluate_dialects(make_run(), corpus, control=control, progress=False)
+
+
+def test_a_corpus_that_the_run_was_not_trained_on_is_refused(make_run, corpus):
+    run = dataclasses.replace(make_run(), data_fingerprint="e" * 64)
+    with pytest.raises(EvaluationError, match="sentences held out there may have been trained on"):
+        evaluate_dialects(run, corpus, progress=False)
