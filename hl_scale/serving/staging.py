@@ -37,8 +37,7 @@ def staged_directory(target: str | os.PathLike[str], *, force: bool = False) -> 
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
     try:
         yield staging
-        staging.chmod(0o755)
-        _flush(staging)
+        _publish(staging)
         _commit(staging, target, force=force)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -77,10 +76,11 @@ def _commit(staging: Path, target: Path, *, force: bool) -> None:
         shutil.rmtree(retired, ignore_errors=True)
 
 
-def _flush(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
+def _publish(directory: Path) -> None:
+    """Readable by every account, as a server's often is another one, and on disk."""
+    for path in [*sorted(directory.rglob("*")), directory]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
         _flush_entry(path)
-    _flush_entry(directory)
 
 
 def _flush_entry(path: Path) -> None:

@@ -19,9 +19,9 @@ class Clouds:
     that is, so that it moves neither the bounding box nor any finite arithmetic.
 
     Attributes:
-        x: (B, N, D) float32 or float64.
+        x: (B, N, D) of any floating dtype.
         y: (B, M, D), same dtype.
-        a: (B, N) weights of x that sum to 1, 0 outside the cloud.
+        a: (B, N) weights of x that sum to 1, 0 outside the cloud; in the dtype to compute in, float32 or float64.
         b: (B, M) weights of y.
         diameters: (B,) float64 on the CPU, diagonal of the bounding box of both clouds of a pair.
     """
@@ -39,6 +39,7 @@ class SolverOptions:
 
     Attributes:
         initial: potentials f, g, f_self, g_self to begin with instead of annealing from zero.
+        y_self: (B,) values of <b, g_self> that are known already.
     """
 
     debias: bool
@@ -49,6 +50,7 @@ class SolverOptions:
     maximum_iterations: int = 0
     relaxation: float = 1.0
     initial: tuple[torch.Tensor | None, ...] | None = None
+    y_self: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Solution:
     Attributes:
         value: (B,) divergences.
         f, g: (B, N) and (B, M) potentials of OT(x, y), on x and on y.
-        f_self, g_self: (B, N) and (B, M) potentials of OT(x, x) and OT(y, y); None without debiasing.
+        f_self, g_self: (B, N) and (B, M) potentials of OT(x, x) and OT(y, y); None without debiasing, g_self also
+            where its value was known.
         gradient_x, gradient_y: gradients of the values, (B, N, D) and (B, M, D); None where not asked for.
         marginal_error: (B,) L1 distance of the plan's two marginals from a and b, summed; None where not asked for.
         iterations: (B,) int64 on the CPU, updates before the final one.
@@ -111,17 +114,18 @@ def make_clouds(
     y_weights: torch.Tensor | None,
     *,
     blur: float,
+    dtype: torch.dtype,
 ) -> Clouds:
-    """Check masks, weights and values of (B, N, D) and (B, M, D) points and resolve them into `Clouds`.
+    """Check masks, weights and values of (B, N, D) and (B, M, D) points; resolve them into `Clouds` of `dtype`.
 
     Raises:
         ValueError: an empty cloud, wrong weights, or coordinates that are not finite or too large.
     """
-    x, a = _weighted("x", x, x_mask, x_weights)
-    y, b = _weighted("y", y, y_mask, y_weights)
+    x, a = _weighted("x", x, x_mask, x_weights, dtype)
+    y, b = _weighted("y", y, y_mask, y_weights, dtype)
     boxes = [(points.amin(1).double(), points.amax(1).double()) for points in (x, y)]
     # Costs are at most four times the larger squared norm, and are divided by temperatures.
-    limit = torch.finfo(x.dtype).max / 8 * min(1.0, (SMALLEST_DIAMETER * blur) ** 2)
+    limit = torch.finfo(dtype).max / 8 * min(1.0, (SMALLEST_DIAMETER * blur) ** 2)
     for name, (low, high) in zip("xy", boxes, strict=True):
         bound = torch.maximum(low.abs(), high.abs()).square().sum(-1)
         bad = ~(bound < limit)
@@ -129,7 +133,7 @@ def make_clouds(
             row = int(bad.nonzero()[0, 0])
             reason = (
                 f"squared norms up to {float(bound[row]):.3g} are beyond {limit:.3g}, where costs divided by epsilon "
-                f"overflow {x.dtype}: scale the points down or raise blur"
+                f"overflow {dtype}: scale the points down or raise blur"
                 if bool((low[row].isfinite() & high[row].isfinite()).all())
                 else "NaN or infinite coordinates"
             )
@@ -139,12 +143,12 @@ def make_clouds(
 
 
 def _weighted(
-    name: str, points: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None
+    name: str, points: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Points with those outside the cloud replaced, and their weights."""
     shape = points.shape[:2]
     if mask is None and weights is None:
-        return points, points.new_full(shape, 1.0 / shape[1])
+        return points, points.new_full(shape, 1.0 / shape[1], dtype=dtype)
     if mask is not None:
         _check_companion(f"{name}_mask", mask, points)
         if mask.dtype != torch.bool:
@@ -153,9 +157,9 @@ def _weighted(
         assert mask is not None
         count = mask.sum(1, keepdim=True)
         _refuse_empty(name, count[:, 0] > 0)
-        resolved = mask.to(points.dtype) / count
+        resolved = mask.to(dtype) / count
     else:
-        resolved = _check_weights(name, weights, mask, points)
+        resolved = _check_weights(name, weights, mask, points).to(dtype)
     inside = resolved > 0
     if bool(inside.all()):
         return points, resolved
@@ -168,7 +172,7 @@ def _check_weights(name: str, weights: torch.Tensor, mask: torch.Tensor | None, 
     _check_companion(f"{name}_weights", weights, points)
     if not weights.is_floating_point():
         raise ValueError(f"{name}_weights has dtype {weights.dtype}, expected a floating-point type")
-    weights = weights.to(points.dtype)
+    weights = weights.double()
     if mask is not None:
         weights = torch.where(mask, weights, 0)
     if not bool((weights >= 0).all()):

@@ -1,6 +1,6 @@
 """The dense solver: a padded batch of short clouds, costs in memory, every update one operation over the batch.
 
-It is also the definition that the streaming solver is checked against; it runs in float64 as it stands.
+Two problems for OT(x, y), whose rows are the points of x and of y, and one for each self term that is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def dense_bytes(clouds: Clouds, debias: bool) -> int:
 def solve_dense(clouds: Clouds, schedule: AnnealingSchedule, options: SolverOptions) -> Solution:
     """Solve all pairs of the batch together."""
     n, m = clouds.x.shape[1], clouds.y.shape[1]
-    debias, problems = options.debias, _Problems(clouds, options.debias)
+    debias = options.debias
+    count = 2 if not debias else 4 if options.y_self is None else 3
+    problems = _Problems(clouds, count)
     potentials = problems.start(options.initial)
     for epsilon, step in zip(schedule.epsilons, schedule.steps, strict=True):
         potentials.lerp_(problems.softmin(potentials, epsilon)[0], step[:, None].expand_as(potentials[0]))
@@ -32,19 +34,23 @@ def solve_dense(clouds: Clouds, schedule: AnnealingSchedule, options: SolverOpti
     potentials, sums = problems.softmin(potentials, final)
 
     f, g = potentials[0, :, :n], potentials[1, :, :m]
-    f_self, g_self = (potentials[2, :, :n], potentials[3, :, :m]) if debias else (None, None)
+    f_self = potentials[2, :, :n] if debias else None
+    g_self = potentials[3, :, :m] if count == 4 else None
     value = _pairing(clouds.a, f, f_self) + _pairing(clouds.b, g, g_self)
+    if options.y_self is not None:
+        value = value - options.y_self
 
     def plan(problem: int, rows: int, columns: int) -> torch.Tensor:
         return problems.kernel[problem, :, :rows, :columns] / sums[problem, :, :rows, None]
 
     gradient_x = gradient_y = None
+    x, y = clouds.x.to(f.dtype), clouds.y.to(f.dtype)
     if options.want_gradient_x:
         own = plan(2, n, n) if debias else None
-        gradient_x = _gradient(clouds.a, clouds.x, clouds.y, own, plan(0, n, m))
+        gradient_x = _gradient(clouds.a, x, y, own, plan(0, n, m))
     if options.want_gradient_y:
         own = plan(3, m, m) if debias else None
-        gradient_y = _gradient(clouds.b, clouds.y, clouds.x, own, plan(1, m, n))
+        gradient_y = _gradient(clouds.b, y, x, own, plan(1, m, n))
     error = None
     if options.want_error:
         again = problems.softmin(potentials, final)[0]
@@ -54,7 +60,7 @@ def solve_dense(clouds: Clouds, schedule: AnnealingSchedule, options: SolverOpti
 
 
 class _Problems:
-    """The problems xy, yx and, when debiasing, xx, yy of every pair.
+    """The first `count` of the problems xy, yx, xx, yy of every pair.
 
     They are stacked in this order along the first dimension of every tensor, padded to L = max(N, M) rows and columns.
 
@@ -63,9 +69,8 @@ class _Problems:
         weights, log_weights: (problems, B, L) of the columns, 0 (-inf) outside the cloud.
     """
 
-    def __init__(self, clouds: Clouds, debias: bool) -> None:
-        self.costs = _costs(clouds, debias)
-        count = self.costs.shape[0]
+    def __init__(self, clouds: Clouds, count: int) -> None:
+        self.costs = _costs(clouds, count)
         self.weights = clouds.a.new_zeros(count, self.costs.shape[1], self.costs.shape[3])
         for problem, columns in enumerate((clouds.b, clouds.a, clouds.a, clouds.b)[:count]):
             self.weights[problem, :, : columns.shape[1]] = columns
@@ -117,29 +122,30 @@ def _refine(
             error += problems.drift(problem, -change, target)
             potentials[problem].addcmul_(change, state.step()[:, None])
         if options.debias:
-            change = problems.softmin(potentials, epsilon, slice(2, 4))[0] - potentials[2:]
-            for problem in (2, 3):
+            change = problems.softmin(potentials, epsilon, slice(2, None))[0] - potentials[2:]
+            for problem in range(2, len(potentials)):
                 error = torch.maximum(error, problems.drift(problem, -change[problem - 2], target))
             potentials[2:].addcmul_(change, state.half_step()[:, None])
         state.record(error)
     return state.iterations
 
 
-def _costs(clouds: Clouds, debias: bool) -> torch.Tensor:
-    """(problems, B, L, L) of 0.5*|p - q|^2; norms are the diagonals of the Gram matrices, so C_ii = 0 in self terms."""
-    x, y = clouds.x, clouds.y
+def _costs(clouds: Clouds, count: int) -> torch.Tensor:
+    """(count, B, L, L) of 0.5*|p - q|^2; norms are the diagonals of the Gram matrices, so C_ii = 0 in self terms."""
+    x, y = clouds.x.to(clouds.a.dtype), clouds.y.to(clouds.a.dtype)
     n, m = x.shape[1], y.shape[1]
     size = max(n, m)
-    costs = x.new_zeros(4 if debias else 2, x.shape[0], size, size)
-    if debias:
-        gram_x, gram_y = x @ x.mT, y @ y.mT
-        half_x = gram_x.diagonal(dim1=1, dim2=2) / 2
-        half_y = gram_y.diagonal(dim1=1, dim2=2) / 2
-        costs[2, :, :n, :n] = (half_x[:, :, None] + half_x[:, None, :]).sub_(gram_x)
-        costs[3, :, :m, :m] = (half_y[:, :, None] + half_y[:, None, :]).sub_(gram_y)
-    else:
-        half_x, half_y = x.square().sum(-1) / 2, y.square().sum(-1) / 2
-    cross = (half_x[:, :, None] + half_y[:, None, :]).sub_(x @ y.mT)
+    costs = x.new_zeros(count, x.shape[0], size, size)
+    halves = []
+    for problem, points in ((2, x), (3, y)):
+        if problem < count:
+            gram, length = points @ points.mT, points.shape[1]
+            half = gram.diagonal(dim1=1, dim2=2) / 2
+            costs[problem, :, :length, :length] = (half[:, :, None] + half[:, None, :]).sub_(gram)
+        else:
+            half = points.square().sum(-1) / 2
+        halves.append(half)
+    cross = (halves[0][:, :, None] + halves[1][:, None, :]).sub_(x @ y.mT)
     costs[0, :, :n, :m] = cross
     costs[1, :, :m, :n] = cross.mT
     return costs

@@ -79,6 +79,8 @@ def sinkhorn_divergence(
     maximum_iterations: int = 1000,
     relaxation: float = 1.0,
     initial: SinkhornInfo | None = None,
+    diameter: float | None = None,
+    y_self: torch.Tensor | None = None,
     return_info: Literal[False] = False,
 ) -> torch.Tensor: ...
 
@@ -101,6 +103,8 @@ def sinkhorn_divergence(
     maximum_iterations: int = 1000,
     relaxation: float = 1.0,
     initial: SinkhornInfo | None = None,
+    diameter: float | None = None,
+    y_self: torch.Tensor | None = None,
     return_info: Literal[True],
 ) -> tuple[torch.Tensor, SinkhornInfo]: ...
 
@@ -122,9 +126,11 @@ def sinkhorn_divergence(
     maximum_iterations: int = 1000,
     relaxation: float = 1.0,
     initial: SinkhornInfo | None = None,
+    diameter: float | None = None,
+    y_self: torch.Tensor | None = None,
     return_info: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SinkhornInfo]:
-    """Sinkhorn divergence between clouds on the cost 0.5*|x-y|^2, differentiable once in x and y.
+    """Sinkhorn divergence between clouds on the cost 0.5*|x-y|^2, differentiable once in points and weights.
 
     Defaults give the value and the gradient of GeomLoss's ``SamplesLoss("sinkhorn", p=2, blur=0.05)`` for a single
     pair. Each sample of a batch has the schedule of its own points, so its value does not depend on batch mates or
@@ -133,12 +139,13 @@ def sinkhorn_divergence(
 
     Args:
         x: (N, D) or (B, N, D). float64 is computed in float64, float32 in float32 (on CUDA torch's own setting says
-            whether its products may use TF32; by default not), bfloat16 and float16 in float32 from their exact values.
+            whether its products may use TF32; by default not), bfloat16 and float16 in float32 from their exact values,
+            whose products are exact in float32.
         y: (M, D) or (B, M, D), same dtype and device.
         x_mask: (N,) or (B, N) bool, True for points of the cloud; coordinates elsewhere are never used.
         y_mask: (M,) or (B, M) bool.
         x_weights: (N,) or (B, N), non-negative, summing to 1 within 1e-4 over the unmasked points (then divided by
-            their sum); uniform unless given. No gradient is available. A point of weight 0 is not part of the cloud.
+            their sum); uniform unless given. A point of weight 0 is not part of the cloud and has gradient 0.
         y_weights: (M,) or (B, M).
         blur: square root of the regularisation, in units of distance.
         epsilon: regularisation in units of the cost, overrides `blur`; epsilon = blur^2.
@@ -153,6 +160,10 @@ def sinkhorn_divergence(
         relaxation: 1 for plain alternating updates, up to below 2 for over-relaxed ones; needs `tolerance`.
         initial: potentials to begin with instead of annealing, of an earlier call with clouds of these shapes; needs
             `tolerance`.
+        diameter: bound on distances to begin annealing from, instead of each pair's own bounding box; with it, a self
+            term depends on its own cloud alone.
+        y_self: (B,) or (), the self terms OT(y, y) / 2 of targets that do not change, found once as
+            ``0.5 * sinkhorn_divergence(y, y, debias=False, diameter=...)`` with the same settings; needs `diameter`.
         return_info: also return a `SinkhornInfo`; costs one more update.
 
     Returns:
@@ -167,29 +178,28 @@ def sinkhorn_divergence(
     check_points(x, y)
     blur = _check_temperature(blur, epsilon, scaling)
     _check_refinement(tolerance, maximum_iterations, relaxation, initial)
-    for name, weights in (("x_weights", x_weights), ("y_weights", y_weights)):
-        if weights is not None and weights.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which is not available: pass {name}.detach()")
     batched = x.dim() == 3
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, y = x.to(dtype), y.to(dtype)
     companions = [x_mask, y_mask, x_weights, y_weights]
     if not batched:
         x, y = x[None], y[None]
         companions = [None if companion is None else companion[None] for companion in companions]
-    want_x, want_y = (torch.is_grad_enabled() and points.requires_grad for points in (x, y))
+    inputs = (x, y, companions[2], companions[3])
+    wanted = [torch.is_grad_enabled() and given is not None and given.requires_grad for given in inputs]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        clouds = make_clouds(x, y, *companions, blur=blur)
-        schedule = annealing_schedule(clouds.diameters, blur, scaling, dtype=dtype, device=x.device)
+        clouds = make_clouds(x, y, *companions, blur=blur, dtype=dtype)
+        diameters = clouds.diameters if diameter is None else torch.full_like(clouds.diameters, diameter)
+        schedule = annealing_schedule(diameters, blur, scaling, dtype=dtype, device=x.device)
         options = SolverOptions(
             debias=debias,
-            want_gradient_x=want_x,
-            want_gradient_y=want_y,
+            want_gradient_x=wanted[0],
+            want_gradient_y=wanted[1],
             want_error=return_info,
             tolerance=tolerance,
             maximum_iterations=maximum_iterations,
             relaxation=relaxation,
             initial=_start(initial, clouds, debias),
+            y_self=_known_self_terms(y_self, diameter, debias, wanted[1] or wanted[3], clouds),
         )
         if initial is not None:
             schedule = schedule.skipped()
@@ -202,8 +212,15 @@ def sinkhorn_divergence(
             solution = solve_dense(clouds, schedule, options)
         _warn_if_unfinished(solution.iterations - schedule.iterations, options)
     value = solution.value
-    if want_x or want_y:
-        value = _EnvelopeGradient.apply(x, y, solution)
+    if any(wanted):
+        of_weights = [
+            _weight_gradient(weights, potential, own) if want else None
+            for want, weights, potential, own in (
+                (wanted[2], clouds.a, solution.f, solution.f_self),
+                (wanted[3], clouds.b, solution.g, solution.g_self),
+            )
+        ]
+        value = _EnvelopeGradient.apply(value, (solution.gradient_x, solution.gradient_y, *of_weights), *inputs)
     if not batched:
         value = value[0]
     if not return_info:
@@ -212,18 +229,54 @@ def sinkhorn_divergence(
 
 
 class _EnvelopeGradient(torch.autograd.Function):
-    """Attaches the gradients that a solver found to its value; not differentiable a second time."""
+    """Attaches gradients of the values (B,) to them; not differentiable a second time."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, solution: Solution) -> torch.Tensor:
-        ctx.gradients = (solution.gradient_x, solution.gradient_y)
-        return solution.value
+    def forward(
+        ctx: Any, value: torch.Tensor, gradients: tuple[torch.Tensor | None, ...], *inputs: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.gradients = gradients
+        ctx.dtypes = [None if given is None else given.dtype for given in inputs]
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream[:, None, None]
-        return (*(None if gradient is None else gradient * scale for gradient in ctx.gradients), None)
+        scaled = (
+            None if gradient is None else (gradient * upstream.view(-1, *(1,) * (gradient.dim() - 1))).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        )
+        return (None, None, *scaled)
+
+
+def _weight_gradient(weights: torch.Tensor, potential: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """(B, N) derivative by weights that are divided by their sum: the potential, less its mean over the cloud.
+
+    OT(a, b) moves by <f, da>, OT(a, a)/2 by <f_self, da>; without debiasing there is no self term.
+    """
+    slope = potential if own is None else potential - own
+    slope = torch.where(weights > 0, slope, 0)
+    return torch.where(weights > 0, slope - (weights * slope).sum(-1, keepdim=True), 0)
+
+
+def _known_self_terms(
+    y_self: torch.Tensor | None, diameter: float | None, debias: bool, want_gradient: bool, clouds: Clouds
+) -> torch.Tensor | None:
+    """The (B,) self terms of y that were given.
+
+    Raises:
+        ValueError: they do not fit the call.
+    """
+    if diameter is not None and not (math.isfinite(diameter) and diameter > 0):
+        raise ValueError(f"diameter is {diameter}, expected a finite distance > 0")
+    if y_self is None:
+        return None
+    if diameter is None or not debias or want_gradient:
+        raise ValueError("y_self needs debias=True, the diameter that it was found with, and a y without gradients")
+    given = y_self.detach().reshape(-1)
+    if len(given) != len(clouds.b) or not bool(given.isfinite().all()):
+        raise ValueError(f"y_self has shape {tuple(y_self.shape)}, expected {len(clouds.b)} finite values")
+    return given.to(clouds.b)
 
 
 def _check_temperature(blur: float, epsilon: float | None, scaling: float) -> float:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from hl_scale.sinkhorn.clouds import check_points
+from hl_scale.sinkhorn.costs import Budget, Cloud, Costs, Potentials, divide_budget
 from hl_scale.sinkhorn.schedule import annealing_schedule
 from hl_scale.sinkhorn.softmin import LOG_2
-from hl_scale.sinkhorn.streaming import Budget, Cloud, Costs, Potentials, divide_budget
 
 
 def sharded_sinkhorn_divergence(
@@ -129,7 +129,7 @@ def _solve(
     want_x: bool,
     want_y: bool,
 ) -> tuple[torch.Tensor, _Gradients]:
-    costs = Costs(x.own, y.whole, budget)
+    costs = Costs(x.own, y.whole, budget, epsilon)
     f, g = torch.zeros_like(x.own.weights), torch.zeros_like(y.whole.weights)
     last_f, last_g = f, g
     for temperature, step in [*updates, (epsilon, 1.0)]:
@@ -161,7 +161,7 @@ def _solve_self(
     shard: _Shard, updates: list[tuple[float, float]], epsilon: float, budget: Budget, want_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """This rank's part of OT of the whole cloud with itself, and the barycentres of its own points."""
-    costs = Costs(shard.own, shard.whole, budget)
+    costs = Costs(shard.own, shard.whole, budget, epsilon)
     own = torch.zeros_like(shard.own.weights)
     everywhere = last = torch.zeros_like(shard.whole.weights)
     for temperature, step in [*updates, (epsilon, 1.0)]:

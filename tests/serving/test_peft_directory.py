@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hl_scale.config import LoraConfig
 from hl_scale.lora import LoraFactors
 from hl_scale.serving import ExportError, OutputError, generate_adapter, write_peft_adapter
 from hl_scale.serving.export import generate_factors, target_modules
+from hl_scale.serving.staging import staged_directory
 
 CONDITION = "dialect:Nigerian English"
 
@@ -168,3 +170,11 @@ def test_an_unknown_dialect_is_refused_with_the_closest_names_before_anything_is
     with pytest.raises(ValueError, match="Nigerian English"):
         generate_adapter(make_run("gemma"), "dialect:Nigerian Englsh", tmp_path / "adapter")
     assert entries(tmp_path) == []
+
+
+def test_a_server_under_another_account_can_read_what_was_written(tmp_path):
+    with staged_directory(tmp_path / "adapter") as staging:
+        descriptor = os.open(staging / "weights", os.O_CREAT | os.O_WRONLY, 0o600)
+        os.close(descriptor)
+    assert (tmp_path / "adapter").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "adapter" / "weights").stat().st_mode & 0o777 == 0o644

@@ -25,7 +25,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("debias", [True, False])
-@pytest.mark.parametrize(("tile_edge", "kept"), [(1, 0), (2, 0), (7, 0), (7, 300), (40, 0), (40, 300), (16, 5000)])
+@pytest.mark.parametrize(("tile_edge", "kept"), [(2, 0), (7, 0), (7, 300), (40, 0), (40, 300), (16, 5000)])
 def test_tiles_and_what_is_kept_of_them_never_move_the_result(tile_edge: int, kept: int, debias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 31, 4, generator=generator, dtype=torch.float64, requires_grad=True)
