@@ -66,8 +66,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
-	$(BIN)/python launch/benchmark.py sinkhorn
-	$(BIN)/python launch/benchmark.py lora
+	$(BIN)/hl-scale bench sinkhorn
+	$(BIN)/hl-scale bench lora
 
 clean:
 	rm -rf $(VENV) .cache runs *.egg-info

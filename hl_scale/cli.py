@@ -160,6 +160,23 @@ def features() -> None:
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="sinkhorn or lora")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="of torch on the CPU")] = None,
+    repeats: Annotated[int, typer.Option(help="timed calls of each computation")] = 5,
+    long: Annotated[bool, typer.Option("--long", help="also rows that take minutes")] = False,
+) -> None:
+    """Time a hot path against the peers that are installed; rows whose check fails are not timed."""
+    from hl_scale.benchmark import run_benchmark
+
+    if what not in ("sinkhorn", "lora") or device not in ("cpu", "cuda"):
+        raise ValueError(f"cannot time {what} on {device}: choose sinkhorn or lora, and --device cpu or cuda")
+    if run_benchmark(what, device=device, threads=threads, repeats=repeats, long=long):
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a configuration, with the help text of every key."""
     print(json.dumps(Config.model_json_schema(), indent=1))

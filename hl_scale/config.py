@@ -174,6 +174,9 @@ class ObjectiveConfig(Section):
     """Blur; epsilon = blur^2 on the cost 0.5*|x-y|^2."""
     scaling: float = Field(default=0.5, gt=0, lt=1)
     """Ratio of successive blurs in the annealing schedule."""
+    diameter: float | None = Field(default=None, gt=0)
+    """Distance to begin annealing from, at least the largest between two states; null: each pair's own. With a number,
+    the self term of a target does not depend on its partner and is computed once instead of at every step."""
     solver: Literal["native", "geomloss"] = "native"
     """`native`: hl_scale.sinkhorn; `geomloss`: geomloss.SamplesLoss, pair by pair."""
     normalization: Literal["sqrt_dim", "l2", "none"] = "sqrt_dim"

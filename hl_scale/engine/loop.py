@@ -278,6 +278,8 @@ class _Loop:
         clouds = [self.targets.get(pair.standard) for pair in pairs]
         target = torch.nn.utils.rnn.pad_sequence(clouds, batch_first=True)
         sizes = torch.tensor([len(cloud) for cloud in clouds])
+        self_terms = [self.targets.self_term(pair.standard) for pair in pairs]
+        known = [term for term in self_terms if term is not None]  # all or none
         rows: dict[bytes, int] = {}
         index = [rows.setdefault(pair.vector.tobytes(), len(rows)) for pair in pairs]
         conditions = np.stack([np.frombuffer(row, dtype=np.float32) for row in rows])
@@ -288,6 +290,7 @@ class _Loop:
             condition_index=torch.tensor(index),
             target=target,
             target_mask=torch.arange(target.shape[1])[None] < sizes[:, None],
+            target_self=torch.cat(known) if known else None,
         )
 
     def _count_skips(self, skipped: bool, step: int, loss: float) -> None:

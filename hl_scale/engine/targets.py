@@ -42,6 +42,7 @@ class TargetCache:
         self.objective = objective
         self._found: dict[str, Path] = {}
         self._read = lru_cache(maxsize=CLOUDS_IN_MEMORY)(self._load)
+        self._self_terms: dict[str, Tensor] = {}
 
     def prepare(self, texts: Sequence[str], world: World, report: Callable[[int, int], None] | None = None) -> None:
         """Compute what is missing, the chunks shared out over the ranks; collective.
@@ -67,6 +68,17 @@ class TargetCache:
     def get(self, text: str) -> Tensor:
         """(M, D) normalised states without the tokens the objective leaves out; float32."""
         return self._read(text_key(text)).float()
+
+    def self_term(self, text: str) -> Tensor | None:
+        """(1,) self term of the text's cloud, computed on first use; None where `objective` has none beforehand."""
+        key = text_key(text)
+        if key not in self._self_terms:
+            cloud = self.get(text)[None]
+            term = self.objective.self_terms(cloud, torch.ones(cloud.shape[:2], dtype=torch.bool))
+            if term is None:
+                return None
+            self._self_terms[key] = term
+        return self._self_terms[key]
 
     def _load(self, key: str) -> Tensor:
         with safe_open(self._found[key], framework="pt") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class AlignmentBatch:
         condition_index: (B,) row of `conditions` for each pair.
         target: (B, M, D) normalised base states of the standard sentences, padded.
         target_mask: (B, M) bool.
+        target_self: (B,) self terms of the targets where they are known beforehand.
     """
 
     input_ids: Tensor
@@ -31,9 +33,13 @@ class AlignmentBatch:
     condition_index: Tensor
     target: Tensor
     target_mask: Tensor
+    target_self: Tensor | None = None
 
     def to(self, device: torch.device) -> AlignmentBatch:
-        return AlignmentBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return AlignmentBatch(**moved)
 
 
 class TrainingModule(nn.Module):
@@ -69,7 +75,7 @@ class TrainingModule(nn.Module):
         hidden = self.base.hidden_states(batch.input_ids, batch.attention_mask, factors)
         if not (_is_finite(hidden) and _is_finite(batch.target)):
             return hidden.float().sum() * math.nan
-        loss, _ = self.objective(hidden, batch.attention_mask, batch.target, batch.target_mask)
+        loss, _ = self.objective(hidden, batch.attention_mask, batch.target, batch.target_mask, batch.target_self)
         return loss if _is_finite(loss) else loss * math.nan
 
 

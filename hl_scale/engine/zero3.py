@@ -99,7 +99,8 @@ def together(world: World) -> Iterator[None]:
     except (ValueError, OSError) as caught:
         error = caught
     messages: list[str | None] = [None] * world.size
-    dist.all_gather_object(messages, None if error is None else str(error))
+    if world.size > 1:
+        dist.all_gather_object(messages, None if error is None else str(error))
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

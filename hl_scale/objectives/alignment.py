@@ -17,7 +17,7 @@ Normalisation matters, because the divergence scales with the squared length of 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,11 @@ class AlignmentObjective:
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
+        self._schedule: dict[str, Any] = {
+            "blur": config.blur,
+            "scaling": config.scaling,
+            "diameter": config.diameter,
+        }
         self._geomloss = _geomloss_loss(config) if config.solver == "geomloss" else None
 
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -76,6 +81,7 @@ class AlignmentObjective:
         attention_mask: torch.Tensor,
         target: torch.Tensor,
         target_mask: torch.Tensor,
+        target_self: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Divergence of each sample; independent of padding and of the other samples.
 
@@ -84,6 +90,7 @@ class AlignmentObjective:
             attention_mask: (B, T), non-zero for real tokens, the first one included.
             target: (B, M, D) states that `normalize` and `token_mask` have been applied to already, padded.
             target_mask: (B, M) bool.
+            target_self: (B,) from `self_terms` of the targets, where they are known.
 
         Returns:
             (B,) float32, differentiable in `hidden`; no gradient flows to `target`.
@@ -98,9 +105,20 @@ class AlignmentObjective:
         self._refuse_empty(y_mask, "target", "target_mask")
         if self._geomloss is not None:
             return self._pair_by_pair(x, x_mask, y, y_mask)
-        return sinkhorn_divergence(
-            x, y, x_mask=x_mask, y_mask=y_mask, blur=self.config.blur, scaling=self.config.scaling
-        )
+        return sinkhorn_divergence(x, y, x_mask=x_mask, y_mask=y_mask, y_self=target_self, **self._schedule)
+
+    def self_terms(self, target: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor | None:
+        """(B,) self terms of targets (B, M, D) that do not depend on what is aligned with them.
+
+        None where they do: without ``objective.diameter``, and under the geomloss solver.
+        """
+        if self.config.diameter is None or self._geomloss is not None:
+            return None
+        y = target.detach().float()
+        with torch.no_grad():
+            return 0.5 * sinkhorn_divergence(
+                y, y, x_mask=target_mask, y_mask=target_mask, debias=False, **self._schedule
+            )
 
     def __call__(
         self,
@@ -108,13 +126,14 @@ class AlignmentObjective:
         attention_mask: torch.Tensor,
         target: torch.Tensor,
         target_mask: torch.Tensor,
+        target_self: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean divergence over the samples, and metrics as plain floats; arguments as for `divergence`.
 
         Metrics: ``alignment_loss`` (the mean), ``alignment_max`` (worst sample), ``mean_tokens`` and
         ``mean_target_tokens`` (points per cloud).
         """
-        values = self.divergence(hidden, attention_mask, target, target_mask)
+        values = self.divergence(hidden, attention_mask, target, target_mask, target_self)
         loss = values.mean()
         tokens = self.token_mask(attention_mask).sum(-1).double().mean()
         metrics = {
@@ -165,5 +184,7 @@ def _geomloss_loss(config: ObjectiveConfig) -> torch.nn.Module:
         raise ValueError(
             "objective.solver is 'geomloss', which is not installed: pip install geomloss, or choose the native solver"
         ) from error
-    loss: torch.nn.Module = SamplesLoss("sinkhorn", p=2, blur=config.blur, scaling=config.scaling, backend="tensorized")
+    loss: torch.nn.Module = SamplesLoss(
+        "sinkhorn", p=2, blur=config.blur, scaling=config.scaling, diameter=config.diameter, backend="tensorized"
+    )
     return loss

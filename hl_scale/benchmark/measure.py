@@ -1,0 +1,156 @@
+"""How rows are timed: ours and the peers in turn on the same inputs, after a check against float64.
+
+Times are medians of calls in turn after one warm-up each. Memory is the peak during a call above what was in use before
+it: resident memory of the process on CPUs (Linux), allocated memory on CUDA. A row whose check fails is not timed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Computation = Callable[[], list[Tensor]]
+"""Returns a value and gradients."""
+
+
+@dataclass
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: the case.
+        ours: computation of this package.
+        exact: what `ours` must return, in float64.
+        tolerance: largest error of `ours` relative to the largest entry of each of `exact`.
+        peers: other computations of the same by name; their errors are shown, not judged.
+        repeats: timed calls; None for what the caller asks for.
+        comparable: peers compute the same, so that their error means something.
+    """
+
+    name: str
+    ours: Computation
+    exact: list[Tensor]
+    tolerance: float
+    peers: dict[str, Computation] = field(default_factory=dict)
+    repeats: int | None = None
+    comparable: bool = True
+
+
+def run_benchmark(
+    what: str, *, device: str = "cpu", threads: int | None = None, repeats: int = 5, long: bool = False
+) -> int:
+    """Print the table of `what`, "sinkhorn" or "lora"; returns the number of rows whose check failed.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU; its own choice unless given.
+        repeats: timed calls of each computation.
+        long: also rows that take minutes.
+    """
+    from hl_scale.benchmark.lora import lora_rows
+    from hl_scale.benchmark.sinkhorn import sinkhorn_rows
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    print(describe_machine(device))
+    print("\n| case | by | time, ms | its time / ours | extra memory, MB | error |\n|---|---|---|---|---|---|")
+    rows = {"sinkhorn": sinkhorn_rows, "lora": lora_rows}[what]
+    return sum(not print_row(row, device, repeats) for row in rows(device, long))
+
+
+def describe_machine(device: str) -> str:
+    """Processor or GPU, threads and versions, in a line."""
+    names = ("torch", "triton", "geomloss", "POT", "flash-sinkhorn", "bitsandbytes")
+    versions = []
+    for name in names:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{where}, Python {platform.python_version()}, {', '.join(versions)}; forward and backward"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def print_row(row: Row, device: str, repeats: int) -> bool:
+    """Check, time and print a row; False where the check failed."""
+    found = row.ours()
+    own_error = error(found, row.exact)
+    del found
+    if not own_error <= row.tolerance:
+        print(
+            f"| {row.name} | ours | not timed: error {own_error:.1e} is above {row.tolerance:.0e} | | | |", flush=True
+        )
+        return False
+    errors = {"ours": f"{own_error:.0e}"}
+    for name, peer in row.peers.items():
+        errors[name] = f"{error(peer(), row.exact):.0e}" if row.comparable else ""
+    computations = {"ours": row.ours, **row.peers}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in computations}
+    for _ in range(row.repeats or repeats):
+        for name, computation in computations.items():
+            samples[name].append(measure(computation, device))
+    times = {name: statistics.median(seconds for seconds, _ in taken) for name, taken in samples.items()}
+    for name, taken in samples.items():
+        memory = statistics.median(extra for _, extra in taken) / 1e6
+        ratio = "" if name == "ours" else f"{times[name] / times['ours']:.2f}"
+        case = row.name if name == "ours" else ""
+        print(f"| {case} | {name} | {1e3 * times[name]:.1f} | {ratio} | {memory:.0f} | {errors[name]} |", flush=True)
+    return True
+
+
+def error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """Largest error over the value and gradients, each relative to its largest entry."""
+    return max(
+        ((f.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
+        for f, e in zip(found, exact, strict=False)
+    )
+
+
+def measure(computation: Computation, device: str) -> tuple[float, float]:
+    """Seconds and peak extra bytes of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = float(torch.cuda.memory_allocated())
+    else:
+        before = _reset_peak()
+    started = time.perf_counter()
+    result = computation()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    del result
+    return seconds, peak - before
+
+
+def _reset_peak() -> float:
+    """Forget the highest resident size of this process so far; returns the present one (nan where unknown)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return _status("VmRSS")
+
+
+def _status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return float(line.split()[1]) * 1024
+    return float("nan")
