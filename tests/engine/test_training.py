@@ -204,3 +204,11 @@ def test_constant_stays_at_the_peak(rates):
 
 def test_one_step_with_warm_up_has_a_rate(rates):
     assert rates(steps=1, warmup_ratio=0.9)[0] == 1.0
+
+
+def test_with_a_diameter_losses_are_those_of_each_pair_s_own_up_to_convergence(
+    uninterrupted, tiny_config, losses_of, tmp_path
+):
+    train(tiny_config(tmp_path / "run", {"objective.diameter": 30.0}))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(uninterrupted), rel=0.05)
+    assert losses_of(tmp_path / "run") != losses_of(uninterrupted)
