@@ -1,11 +1,13 @@
 """How rows are timed: ours and the peers in turn on the same inputs, after a check against float64.
 
-Times are medians of calls in turn after one warm-up each. Memory is the peak during a call above what was in use before
-it: resident memory of the process on CPUs (Linux), allocated memory on CUDA. A row whose check fails is not timed.
+Times are medians of calls in turn, after one call of each for the check and for memory. Memory is the peak during a
+call above what was in use before it: resident memory of the process on CPUs (Linux), allocated memory on CUDA. A row
+whose check fails is not timed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 import statistics
@@ -31,7 +33,7 @@ class Row:
         exact: what `ours` must return, in float64.
         tolerance: largest error of `ours` relative to the largest entry of each of `exact`.
         peers: other computations of the same by name; their errors are shown, not judged.
-        repeats: timed calls; None for what the caller asks for.
+        once: takes minutes: time the call that is checked.
         comparable: peers compute the same, so that their error means something.
     """
 
@@ -40,7 +42,7 @@ class Row:
     exact: list[Tensor]
     tolerance: float
     peers: dict[str, Computation] = field(default_factory=dict)
-    repeats: int | None = None
+    once: bool = False
     comparable: bool = True
 
 
@@ -89,7 +91,7 @@ def _processor() -> str:
 
 def print_row(row: Row, device: str, repeats: int) -> bool:
     """Check, time and print a row; False where the check failed."""
-    found = row.ours()
+    found, first_seconds, first_memory = measured(row.ours, device)
     own_error = error(found, row.exact)
     del found
     if not own_error <= row.tolerance:
@@ -97,20 +99,23 @@ def print_row(row: Row, device: str, repeats: int) -> bool:
             f"| {row.name} | ours | not timed: error {own_error:.1e} is above {row.tolerance:.0e} | | | |", flush=True
         )
         return False
-    errors = {"ours": f"{own_error:.0e}"}
+    times, memory, errors = {"ours": first_seconds}, {"ours": first_memory}, {"ours": f"{own_error:.0e}"}
     for name, peer in row.peers.items():
-        errors[name] = f"{error(peer(), row.exact):.0e}" if row.comparable else ""
-    computations = {"ours": row.ours, **row.peers}
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in computations}
-    for _ in range(row.repeats or repeats):
-        for name, computation in computations.items():
-            samples[name].append(measure(computation, device))
-    times = {name: statistics.median(seconds for seconds, _ in taken) for name, taken in samples.items()}
-    for name, taken in samples.items():
-        memory = statistics.median(extra for _, extra in taken) / 1e6
+        found, times[name], memory[name] = measured(peer, device)
+        errors[name] = f"{error(found, row.exact):.0e}" if row.comparable else ""
+        del found
+    if not row.once:
+        computations = {"ours": row.ours, **row.peers}
+        samples: dict[str, list[float]] = {name: [] for name in computations}
+        for _ in range(repeats):
+            for name, computation in computations.items():
+                samples[name].append(seconds(computation, device))
+        times = {name: statistics.median(taken) for name, taken in samples.items()}
+    for name in times:
         ratio = "" if name == "ours" else f"{times[name] / times['ours']:.2f}"
         case = row.name if name == "ours" else ""
-        print(f"| {case} | {name} | {1e3 * times[name]:.1f} | {ratio} | {memory:.0f} | {errors[name]} |", flush=True)
+        extra = f"{memory[name] / 1e6:.0f}"
+        print(f"| {case} | {name} | {1e3 * times[name]:.1f} | {ratio} | {extra} | {errors[name]} |", flush=True)
     return True
 
 
@@ -122,8 +127,21 @@ def error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     )
 
 
-def measure(computation: Computation, device: str) -> tuple[float, float]:
-    """Seconds and peak extra bytes of one call."""
+def seconds(computation: Computation, device: str) -> float:
+    """Time of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = computation()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - started
+    del result
+    return elapsed
+
+
+def measured(computation: Computation, device: str) -> tuple[list[Tensor], float, float]:
+    """Result, time and peak bytes above those in use before of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -134,17 +152,20 @@ def measure(computation: Computation, device: str) -> tuple[float, float]:
     result = computation()
     if device == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-    del result
-    return seconds, peak - before
+    return result, elapsed, peak - before
 
 
 def _reset_peak() -> float:
-    """Forget the highest resident size of this process so far; returns the present one (nan where unknown)."""
+    """Forget the highest resident size of this process so far; returns the present one (nan where unknown).
+
+    Freed memory that the allocator holds on to is given back first, or calls would reuse it unseen.
+    """
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):
         return float("nan")
     return _status("VmRSS")
 

@@ -7,7 +7,7 @@ import torch
 
 from hl_scale.sinkhorn import packed_sinkhorn_divergence, sinkhorn_divergence
 
-SIZES = [(3, 5), (1, 1), (40, 2), (8, 9), (16, 17), (4, 4)]
+SIZES = [(3, 5), (1, 1), (40, 2), (8, 9), (16, 17), (4, 4), (70, 3), (9, 130)]
 
 
 def packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,11 +37,11 @@ def test_ragged_equals_a_loop_in_value_and_gradient() -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda offsets: offsets + 1, "x_offsets run from 1 to 73, expected 0 to 72"),
-        (lambda offsets: offsets[:-1], "expected 0 to 72"),
+        (lambda offsets: offsets + 1, "x_offsets run from 1 to 152, expected 0 to 151"),
+        (lambda offsets: offsets[:-1], "expected 0 to 151"),
         (lambda offsets: offsets.double(), "at least two integers"),
-        (lambda offsets: torch.tensor([0, 3, 3, 44, 52, 68, 72]), r"x \(sample 1\) is an empty cloud"),
-        (lambda offsets: torch.tensor([0, 72]), "x_offsets has 1 clouds, y_offsets 6"),
+        (lambda offsets: torch.tensor([0, 3, 3, 44, 52, 68, 72, 142, 151]), r"x \(sample 1\) is an empty cloud"),
+        (lambda offsets: torch.tensor([0, 151]), "x_offsets has 1 clouds, y_offsets 8"),
     ],
 )
 def test_offsets_that_do_not_cover_the_points_are_refused(edit, message: str) -> None:
