@@ -1,53 +1,124 @@
-"""The adapted 4-bit linear with one adapter per example, against the bare 4-bit matmul: a lower bound, not a peer."""
+"""The 4-bit linear layer with one generated adapter per example, against the bare layer and published ways to adapt it.
+
+Peers are the computations that public hypernetwork code does, written out: adapters copied once per token
+(text-to-lora's hooks, doc-to-lora's packed path) and a batched matmul over equal lengths, for which ragged examples
+are padded. The bare layer, ours and bitsandbytes' where installed, is a lower bound: its ratio is below 1.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from hl_scale.benchmark.measure import Row
+from hl_scale.benchmark.measure import Computation, Row
 from hl_scale.kernels import dequantize_nf4, generated_lora_linear, generated_lora_linear_reference, quantize_nf4
 
-SHAPES = ((32, 32, 640, 1024), (8, 128, 640, 2048), (8, 128, 2048, 640))
-"""Examples, tokens of each, input width, output width."""
+WIDTHS = {
+    "cpu": ((640, 1024), (640, 2048), (2048, 640), (4096, 4096)),
+    "cuda": ((4096, 4096), (4096, 11008), (11008, 4096)),
+}
+"""Input and output widths of the layer."""
+EXAMPLES, TOKENS = 8, 4096
+COPIES_LIMIT = 1_000_000_000
+"""Bytes of per-token copies beyond which that peer is left out."""
 
 
 def lora_rows(device: str, long: bool) -> Iterator[Row]:
-    """Rows for "cpu" or "cuda"; rank 8, float32."""
+    """Rows for "cpu" (float32) or "cuda" (bfloat16): 8 examples, 4,096 tokens, equal and ragged."""
     generator = torch.Generator().manual_seed(0)
-    for examples, length, inputs, outputs in SHAPES:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for inputs, outputs in WIDTHS[device]:
         weight = torch.randn(outputs, inputs, generator=generator) * 0.02
-        packed, constants = quantize_nf4(weight.to(device))
-        leaves = [
-            torch.randn(examples, length, inputs, generator=generator),
-            torch.randn(examples, 8, inputs, generator=generator) / inputs**0.5,
-            torch.randn(examples, outputs, 8, generator=generator) * 0.01,
-        ]
-        name = f"E={examples}, S={length}, {inputs} -> {outputs}, r=8"
-        yield _row(name, packed, constants, [leaf.to(device) for leaf in leaves])
+        for rank in (8, 16, 64) if long else (16,):
+            cuts = (torch.rand(EXAMPLES - 1, generator=generator) * (TOKENS - 1)).long() + 1
+            ragged = torch.cat([cuts, torch.tensor([0, TOKENS])]).sort().values
+            for offsets in (torch.arange(EXAMPLES + 1) * (TOKENS // EXAMPLES), ragged):
+                leaves = [
+                    torch.randn(TOKENS, inputs, generator=generator),
+                    torch.randn(EXAMPLES, rank, inputs, generator=generator) / inputs**0.5,
+                    torch.randn(EXAMPLES, outputs, rank, generator=generator) * 0.01,
+                ]
+                yield _Case(weight.to(device), [leaf.to(device, dtype) for leaf in leaves], offsets).row()
 
 
-def _row(name: str, packed: Tensor, constants: object, inputs: list[Tensor]) -> Row:
-    def gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+class _Case:
+    """One layer with packed tokens x (T, in), adapters A, B, and segment offsets."""
+
+    def __init__(self, weight: Tensor, leaves: list[Tensor], offsets: Tensor) -> None:
+        self.packed, self.constants = quantize_nf4(weight)
+        self.weight, self.leaves, self.offsets = weight, leaves, offsets
+        self.sizes = offsets.diff()
+        self.equal = bool((self.sizes == self.sizes[0]).all())
+        generator = torch.Generator().manual_seed(1)
+        self.upstream = torch.randn(len(leaves[0]), weight.shape[0], generator=generator).to(leaves[0])
+
+    def row(self) -> Row:
+        outputs, inputs = self.weight.shape
+        rank = self.leaves[1].shape[1]
+        peers: dict[str, Computation] = {"bare 4-bit layer": lambda: self._run(lambda x, a, b: self._ours(x))}
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            peers["bare bitsandbytes.matmul_4bit"] = self._bitsandbytes()
+        peers["batched matmul" if self.equal else "batched matmul, padded"] = lambda: self._run(self._batched)
+        if self.leaves[0].element_size() * len(self.leaves[0]) * rank * (inputs + outputs) < COPIES_LIMIT:
+            peers["adapters copied per token"] = lambda: self._run(self._copied)
+        lengths = "equal" if self.equal else f"{int(self.sizes.min())} to {int(self.sizes.max())} tokens"
+        single = self.leaves[0].dtype == torch.float32
+        return Row(
+            f"{inputs} -> {outputs}, r={rank}, E={len(self.sizes)}, T={len(self.leaves[0])}, {lengths}",
+            lambda: self._run(self._ours),
+            self._exact(),
+            1e-4 if single else 2e-2,
+            peers,
+            comparable=False,
+        )
+
+    def _source(self, dtype: torch.dtype) -> Tensor:
+        return dequantize_nf4(self.packed, self.constants, dtype)
+
+    def _run(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        """y and the gradients of x, A and B (where they have one)."""
+        leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
         y = function(*leaves)
-        y.sum().backward()
-        return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
+        y.backward(self.upstream.view_as(y))
+        return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    def source(dtype: torch.dtype) -> Tensor:
-        return dequantize_nf4(packed, constants, dtype)  # type: ignore[arg-type]
+    def _exact(self) -> list[Tensor]:
+        leaves = [leaf.double().requires_grad_() for leaf in self.leaves]
+        weight = self._source(self.leaves[0].dtype).double()
+        y = generated_lora_linear_reference(leaves[0], weight, leaves[1], leaves[2], 1.0, offsets=self.offsets)
+        gradients = torch.autograd.grad(y, leaves, self.upstream.double())
+        return [y.detach().view(-1, len(weight)), *gradients]
 
-    exact = gradients(
-        lambda x, a, b: generated_lora_linear_reference(x, source(torch.float32).double(), a, b, 1.0),
-        [tensor.double() for tensor in inputs],
-    )
-    return Row(
-        name,
-        lambda: gradients(lambda x, a, b: generated_lora_linear(x, source, a, b, 1.0), inputs),
-        exact,
-        1e-4,
-        {"bare 4-bit matmul": lambda: gradients(lambda x: generated_lora_linear(x, source), inputs[:1])},
-        comparable=False,
-    )
+    def _ours(self, x: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        if a is None or b is None:
+            return generated_lora_linear(x, self._source)
+        if self.equal:
+            return generated_lora_linear(x.view(len(a), -1, x.shape[1]), self._source, a, b).flatten(0, 1)
+        return generated_lora_linear(x, self._source, a, b, offsets=self.offsets)
+
+    def _batched(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        weight = self._source(x.dtype)
+        if self.equal:
+            blocks = x.view(len(a), -1, x.shape[1])
+            return (blocks @ weight.T + (blocks @ a.mT) @ b.mT).flatten(0, 1)
+        mask = (torch.arange(int(self.sizes.max())) < self.sizes[:, None]).to(x.device)
+        blocks = x.new_zeros(*mask.shape, x.shape[1]).masked_scatter(mask[..., None], x)
+        return (blocks @ weight.T + (blocks @ a.mT) @ b.mT)[mask]
+
+    def _copied(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        weight = self._source(x.dtype)
+        sizes = self.sizes.to(x.device)
+        copies = a.repeat_interleave(sizes, 0), b.repeat_interleave(sizes, 0)
+        low = torch.bmm(copies[0], x[:, :, None])
+        return x @ weight.T + torch.bmm(copies[1], low)[:, :, 0]
+
+    def _bitsandbytes(self) -> Computation:
+        import bitsandbytes
+
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            self.weight.to(self.leaves[0].dtype), quant_type="nf4", compress_statistics=True
+        )
+        return lambda: self._run(lambda x, a, b: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,14 +101,19 @@ def print_row(row: Row, device: str, repeats: int) -> bool:
         )
         return False
     times, memory, errors = {"ours": first_seconds}, {"ours": first_memory}, {"ours": f"{own_error:.0e}"}
+    failed: dict[str, str] = {}
     for name, peer in row.peers.items():
-        found, times[name], memory[name] = measured(peer, device)
+        try:
+            found, times[name], memory[name] = measured(peer, device)
+        except (RuntimeError, ValueError) as problem:  # out of memory, a shape it does not take
+            failed[name] = str(problem).splitlines()[0][:100]
+            continue
         errors[name] = f"{error(found, row.exact):.0e}" if row.comparable else ""
         del found
     if not row.once:
-        computations = {"ours": row.ours, **row.peers}
+        computations = {"ours": row.ours, **{name: row.peers[name] for name in row.peers if name not in failed}}
         samples: dict[str, list[float]] = {name: [] for name in computations}
-        for _ in range(repeats):
+        for _ in range(max(repeats, 1)):
             for name, computation in computations.items():
                 samples[name].append(seconds(computation, device))
         times = {name: statistics.median(taken) for name, taken in samples.items()}
@@ -116,15 +122,15 @@ def print_row(row: Row, device: str, repeats: int) -> bool:
         case = row.name if name == "ours" else ""
         extra = f"{memory[name] / 1e6:.0f}"
         print(f"| {case} | {name} | {1e3 * times[name]:.1f} | {ratio} | {extra} | {errors[name]} |", flush=True)
+    for name, problem_line in failed.items():
+        print(f"|  | {name} | failed: {problem_line} | | | |", flush=True)
     return True
 
 
-def error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """Largest error over the value and gradients, each relative to its largest entry."""
-    return max(
-        ((f.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item()
-        for f, e in zip(found, exact, strict=False)
-    )
+def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest error over the value and gradients, each relative to its largest entry; nan if any entry is."""
+    errors = [(f.double() - e).abs().max() / e.abs().max().clamp(min=1e-30) for f, e in zip(found, exact, strict=True)]
+    return torch.stack(errors).max().item()
 
 
 def seconds(computation: Computation, device: str) -> float:
@@ -165,13 +171,14 @@ def _reset_peak() -> float:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return float("nan")
+    except (OSError, AttributeError, TypeError):
+        return math.nan
     return _status("VmRSS")
 
 
 def _status(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
         if line.startswith(key + ":"):
             return float(line.split()[1]) * 1024
-    return float("nan")
+    return math.nan

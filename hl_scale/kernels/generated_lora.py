@@ -53,7 +53,8 @@ def generated_lora_linear(
         return _FrozenLinear.apply(x, source, bias)
     _check(x, a, b, offsets)
     if offsets is not None:
-        return _packed(x, source, a, b, scale, bias, offsets)
+        segments = [slice(start, stop) for start, stop in pairwise(offsets.tolist())]
+        return _PackedLoraLinear.apply(x, a, b, source, scale, bias, segments)
     if a.shape[0] == 1 and (x.ndim != 3 or x.shape[0] != 1):
         y = _GeneratedLoraLinear.apply(x.reshape(1, -1, x.shape[-1]), a, b, source, scale, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -101,14 +102,46 @@ class _GeneratedLoraLinear(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None, None
 
 
-def _packed(
-    x: Tensor, source: WeightSource, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, offsets: Tensor
-) -> Tensor:
-    """Ragged segments: one base product for all tokens, the low-rank part segment by segment."""
-    y = _FrozenLinear.apply(x, source, bias)
-    bounds = offsets.tolist()
-    updates = [(x[start:stop] @ a[e].T) @ (b[e].T * scale) for e, (start, stop) in enumerate(pairwise(bounds))]
-    return y + torch.cat(updates)
+class _PackedLoraLinear(torch.autograd.Function):
+    """Ragged segments of x (T, in): one base product for all tokens, low-rank products segment by segment, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        source: WeightSource,
+        scale: float,
+        bias: Tensor | None,
+        segments: list[slice],
+    ) -> Tensor:
+        y = torch.nn.functional.linear(x, source(x.dtype), bias)
+        s = x.new_empty(x.shape[0], a.shape[1])
+        for e, rows in enumerate(segments):
+            torch.mm(x[rows], a[e].T, out=s[rows])
+            y[rows].addmm_(s[rows], b[e].T, alpha=scale)
+        ctx.save_for_backward(x, a, b, s)
+        ctx.source, ctx.scale, ctx.segments = source, scale, segments
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, s = ctx.saved_tensors
+        want_x, want_a, want_b = ctx.needs_input_grad[:3]
+        grad_x = grad_y @ ctx.source(grad_y.dtype) if want_x else None
+        grad_a = torch.zeros_like(a) if want_a else None
+        grad_b = torch.zeros_like(b) if want_b else None
+        for e, rows in enumerate(ctx.segments):
+            grad_s = (grad_y[rows] @ b[e]).mul_(ctx.scale)
+            if grad_x is not None:
+                grad_x[rows].addmm_(grad_s, a[e])
+            if grad_a is not None:
+                grad_a[e].addmm_(grad_s.T, x[rows])
+            if grad_b is not None:
+                grad_b[e].addmm_(grad_y[rows].T, s[rows], alpha=ctx.scale)
+        return grad_x, grad_a, grad_b, None, None, None, None
 
 
 def _constant(weight: Tensor) -> WeightSource:

@@ -32,7 +32,10 @@ def plan_(costs: Tensor, row_logits: Tensor, column_logits: Tensor, scale: float
         scale: s.
         out: (R, C) float32 or float64.
     """
-    torch.add(column_logits, costs, alpha=-scale, out=out)
+    if costs.dtype == out.dtype:
+        torch.add(column_logits, costs, alpha=-scale, out=out)
+    else:
+        out.copy_(costs).mul_(-scale).add_(column_logits)  # an addition of two types would make a tensor on the way
     return out.add_(row_logits[:, None]).clamp_(min=_SMALLEST[out.dtype]).exp2_()
 
 

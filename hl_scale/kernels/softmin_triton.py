@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,18 +45,19 @@ def plan_sums_triton(costs: Tensor, row_logits: Tensor, column_logits: Tensor, s
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
     row_parts = row_logits.new_empty(grid[1], rows)
     column_parts = row_logits.new_empty(grid[0], columns)
-    plan_sums_kernel[grid](
-        costs,
-        row_logits,
-        column_logits,
-        row_parts,
-        column_parts,
-        rows,
-        columns,
-        costs.stride(0),
-        scale,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device(costs.device) if costs.is_cuda else contextlib.nullcontext():
+        plan_sums_kernel[grid](
+            costs,
+            row_logits,
+            column_logits,
+            row_parts,
+            column_parts,
+            rows,
+            columns,
+            costs.stride(0),
+            scale,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLUMNS=BLOCK_COLUMNS,
+            num_warps=WARPS,
+        )
     return row_parts.sum(0), column_parts.sum(0)

@@ -114,11 +114,9 @@ class AlignmentObjective:
         """
         if self.config.diameter is None or self._geomloss is not None:
             return None
-        y = target.detach().float()
+        y, mask = target.detach(), target_mask.bool()
         with torch.no_grad():
-            return 0.5 * sinkhorn_divergence(
-                y, y, x_mask=target_mask, y_mask=target_mask, debias=False, **self._schedule
-            )
+            return 0.5 * sinkhorn_divergence(y, y, x_mask=mask, y_mask=mask, debias=False, **self._schedule)
 
     def __call__(
         self,

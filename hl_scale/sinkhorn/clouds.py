@@ -65,6 +65,7 @@ class Solution:
         gradient_x, gradient_y: gradients of the values, (B, N, D) and (B, M, D); None where not asked for.
         marginal_error: (B,) L1 distance of the plan's two marginals from a and b, summed; None where not asked for.
         iterations: (B,) int64 on the CPU, updates before the final one.
+        converged: (B,) bool on the CPU, False where a tolerance was asked for and not reached.
     """
 
     value: torch.Tensor
@@ -76,6 +77,7 @@ class Solution:
     gradient_y: torch.Tensor | None
     marginal_error: torch.Tensor | None
     iterations: torch.Tensor
+    converged: torch.Tensor
 
 
 def check_points(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -105,6 +107,11 @@ def check_points(x: torch.Tensor, y: torch.Tensor) -> None:
             raise ValueError(f"x and y differ in {what}: x has {ours}, y has {theirs}; convert one of them")
 
 
+def largest_square(dtype: torch.dtype, blur: float) -> float:
+    """Squared norms must stay below this: costs are at most four times the larger, and are divided by temperatures."""
+    return torch.finfo(dtype).max / 8 * min(1.0, (SMALLEST_DIAMETER * blur) ** 2)
+
+
 def make_clouds(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -124,8 +131,7 @@ def make_clouds(
     x, a = _weighted("x", x, x_mask, x_weights, dtype)
     y, b = _weighted("y", y, y_mask, y_weights, dtype)
     boxes = [(points.amin(1).double(), points.amax(1).double()) for points in (x, y)]
-    # Costs are at most four times the larger squared norm, and are divided by temperatures.
-    limit = torch.finfo(dtype).max / 8 * min(1.0, (SMALLEST_DIAMETER * blur) ** 2)
+    limit = largest_square(dtype, blur)
     for name, (low, high) in zip("xy", boxes, strict=True):
         bound = torch.maximum(low.abs(), high.abs()).square().sum(-1)
         bad = ~(bound < limit)

@@ -19,14 +19,15 @@ from hl_scale.sinkhorn.softmin import LOG_2, exponentiate_
 
 # Edge of a tile: on CPUs it should stay in the second-level cache, on GPUs fill the device.
 _CPU_EDGE, _CUDA_EDGE = 1024, 4096
-# Tensors of the size of a tile that are alive at once: costs and exponents.
-_TILE_TENSORS = 2
+# Tensors of the size of a tile that are alive at once: costs and exponents; on CUDA also products of 16-bit points.
+_TILE_TENSORS, _CUDA_TILE_TENSORS = 2, 4
 # What tiles at work may take of a budget; the rest keeps costs.
 _WORK_SHARE = 0.25
 # Rounding of kept costs, in units of epsilon.
 _CACHE_ERROR = 0.1
-# A marginal below this share of its weight may have lost plan entries to underflow.
-_SMALLEST_SHARE = 2.0**-60
+# A marginal below this share of its weight, or below this number an entry, may have lost plan entries to underflow or
+# consist of cut-off ones.
+_SMALLEST_SHARE, _SMALLEST_ENTRY = 2.0**-60, 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ def divide_budget(memory_budget: int | None, like: torch.Tensor) -> Budget:
     Raises:
         ValueError: the budget does not hold one cost.
     """
-    edge = _CUDA_EDGE if like.is_cuda else _CPU_EDGE
+    edge, tensors = (_CUDA_EDGE, _CUDA_TILE_TENSORS) if like.is_cuda else (_CPU_EDGE, _TILE_TENSORS)
     if memory_budget is None:
         return Budget(edge, math.inf)
     numbers = memory_budget // like.element_size()
-    edge = min(edge, max(1, math.isqrt(int(numbers * _WORK_SHARE) // _TILE_TENSORS)))
-    if numbers < _TILE_TENSORS:
+    if numbers < tensors:
         raise ValueError(
-            f"memory_budget is {memory_budget} bytes, but one cost takes {_TILE_TENSORS * like.element_size()}: "
+            f"memory_budget is {memory_budget} bytes, but one cost takes {tensors * like.element_size()}: "
             "raise it, or pass None"
         )
-    return Budget(edge, memory_budget - _TILE_TENSORS * edge * edge * like.element_size())
+    edge = min(edge, max(1, math.isqrt(int(numbers * _WORK_SHARE) // tensors)))
+    return Budget(edge, memory_budget - tensors * edge * edge * like.element_size())
 
 
 class Cloud:
@@ -133,7 +134,12 @@ class Costs:
         tile = Tile(rows, columns, costs)
         if keep and self.compact:
             compact = _compact(tile, self.epsilon)
-            tile, keep = compact or tile, compact is not None
+            if compact is None:
+                size *= 2
+                keep = size <= self.room
+                tile = Tile(rows, columns, costs.clone()) if keep else tile
+            else:
+                tile = compact
         if keep:
             self.room -= size
             self.kept[rows.start, columns.start] = tile
@@ -167,8 +173,12 @@ class Costs:
             if not (self.symmetric and tile.rows == tile.columns):
                 marginal_y[tile.columns] += down
         shares = marginal_x / self.x.weights, marginal_y / self.y.weights
-        for share, asked in zip(shares, (on_x, on_y), strict=True):
-            if asked and not bool((share.isfinite() & (share > _SMALLEST_SHARE)).all()):
+        for share, marginal, count, asked in (
+            (shares[0], marginal_x, len(marginal_y), on_x),
+            (shares[1], marginal_y, len(marginal_x), on_y),
+        ):
+            sound = share.isfinite() & (share > _SMALLEST_SHARE) & (marginal > count * _SMALLEST_ENTRY)
+            if asked and not bool(sound.all()):
                 return self._softmin_from_maxima(row_logits, column_logits, inverse)
         new_f = f - epsilon * shares[0].log()
         return new_f, new_f if self.symmetric else g - epsilon * shares[1].log()

@@ -49,7 +49,7 @@ def naive_sinkhorn_divergence(
     a = x.new_full((len(x),), 1 / len(x)) if a is None else a
     b = y.new_full((len(y),), 1 / len(y)) if b is None else b
     both = torch.cat([x, y]).detach()
-    extent = (both.amax(0) - both.amin(0)).norm() if diameter is None else torch.tensor(diameter)
+    extent = (both.amax(0) - both.amin(0)).norm() if diameter is None else torch.tensor(diameter, dtype=torch.float64)
     schedule = annealing_schedule(extent.double().cpu()[None], blur, scaling, dtype=x.dtype, device=x.device)
     still = (lambda points: points) if unrolled else Tensor.detach  # each potential moves its own points only
     problems = [(_cost(x, still(y)), still(b), 1), (_cost(y, still(x)), still(a), 0)]

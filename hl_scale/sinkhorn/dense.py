@@ -13,9 +13,9 @@ from hl_scale.sinkhorn.softmin import LOG_2, exponentiate_
 
 
 def dense_bytes(clouds: Clouds, debias: bool) -> int:
-    """Bytes that the dense solver takes for costs and their exponents."""
+    """Bytes that the dense solver takes for costs, their exponents and the plans that gradients need."""
     size = max(clouds.x.shape[1], clouds.y.shape[1])
-    return (8 if debias else 4) * clouds.x.shape[0] * size * size * clouds.x.element_size()
+    return (11 if debias else 6) * clouds.a.shape[0] * size * size * clouds.a.element_size()
 
 
 def solve_dense(clouds: Clouds, schedule: AnnealingSchedule, options: SolverOptions) -> Solution:
@@ -28,9 +28,11 @@ def solve_dense(clouds: Clouds, schedule: AnnealingSchedule, options: SolverOpti
     for epsilon, step in zip(schedule.epsilons, schedule.steps, strict=True):
         potentials.lerp_(problems.softmin(potentials, epsilon)[0], step[:, None].expand_as(potentials[0]))
     final = schedule.target()
-    iterations = schedule.iterations.clone()
+    iterations, converged = schedule.iterations.clone(), torch.ones(len(clouds.a), dtype=torch.bool)
     if options.tolerance is not None:
-        iterations += _refine(problems, clouds, potentials, final, options)
+        state = _refine(problems, clouds, potentials, final, options)
+        iterations += state.iterations
+        converged = state.finished()
     potentials, sums = problems.softmin(potentials, final)
 
     f, g = potentials[0, :, :n], potentials[1, :, :m]
@@ -56,7 +58,7 @@ def solve_dense(clouds: Clouds, schedule: AnnealingSchedule, options: SolverOpti
         again = problems.softmin(potentials, final)[0]
         change = potentials - again
         error = problems.drift(0, change[0], schedule.epsilon) + problems.drift(1, change[1], schedule.epsilon)
-    return Solution(value, f, g, f_self, g_self, gradient_x, gradient_y, error, iterations)
+    return Solution(value, f, g, f_self, g_self, gradient_x, gradient_y, error, iterations, converged)
 
 
 class _Problems:
@@ -106,11 +108,10 @@ class _Problems:
 
 def _refine(
     problems: _Problems, clouds: Clouds, potentials: torch.Tensor, epsilon: torch.Tensor, options: SolverOptions
-) -> torch.Tensor:
+) -> Refinement:
     """Alternate updates at the target temperature, in place, until every sample's marginals are within tolerance.
 
-    Returns:
-        Updates of each sample, (B,) int64 on the CPU. A sample that is done does not move any more.
+    A sample that is done does not move any more.
     """
     assert options.tolerance is not None
     target = float(epsilon[0])
@@ -127,7 +128,7 @@ def _refine(
                 error = torch.maximum(error, problems.drift(problem, -change[problem - 2], target))
             potentials[2:].addcmul_(change, state.half_step()[:, None])
         state.record(error)
-    return state.iterations
+    return state
 
 
 def _costs(clouds: Clouds, count: int) -> torch.Tensor:

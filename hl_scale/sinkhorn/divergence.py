@@ -1,4 +1,4 @@
-"""The debiased entropic optimal transport divergence between weighted clouds: public function and dense solver.
+"""The debiased entropic optimal transport divergence between weighted clouds: the public function.
 
     S(a, b) = OT(a, b) - OT(a, a)/2 - OT(b, b)/2
     OT(a, b) = min over plans P with marginals a, b of  sum_ij P_ij C_ij + epsilon KL(P | a b^T),
@@ -34,6 +34,8 @@ from hl_scale.sinkhorn.streaming import solve_streaming
 
 DENSE_POINTS = 512
 """Clouds with more points are solved one pair at a time, tile by tile."""
+# Annealing from further away loses digits.
+_LARGEST_DIAMETER = 1000.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SinkhornInfo:
         f, g: (B, N) and (B, M) potentials of OT(x, y) on the points of x and y; without meaning outside the masks.
         f_self, g_self: potentials of OT(x, x) and OT(y, y); None if not debiased.
         iterations: (B,) int64 on the CPU, updates before the final extrapolation.
-        epsilon_start: (B,) first temperature: the squared diameter of the pair's bounding box.
+        epsilon_start: (B,) first temperature: the squared diameter of the pair's bounding box, or the given one.
         epsilon: the target temperature.
         marginal_error: (B,) L1 distance of the marginals of the plan of OT(x, y) from a and from b, summed (0 to 4).
         solver: "dense" or "streaming".
@@ -153,7 +155,8 @@ def sinkhorn_divergence(
         debias: subtract the self terms; otherwise the value is OT(x, y) with its entropy.
         memory_budget: bytes that intermediate results may take beside tensors as large as x and y. Long clouds, and
             short ones that do not fit, are solved sample by sample in tiles of the costs; tiles that fit are kept from
-            update to update, others are computed again, and no N x M tensor exists. None: all are kept.
+            update to update, in float32 or, where that does not fit, rounded to 16 bits (moving no cost by more than
+            epsilon / 10); others are computed again, and no N x M tensor exists. None: all are kept, in full.
         tolerance: instead of a fixed number of updates, go on at the target temperature until the marginals of the plan
             are off by no more than this (L1 distances, summed over both, in 0 to 4), also those of the self terms.
         maximum_iterations: updates at the target temperature after which to give up, with a warning.
@@ -172,11 +175,12 @@ def sinkhorn_divergence(
     Raises:
         ValueError: inputs that do not fit together, are not finite, or an empty cloud; the message names the argument.
 
-    Memory: up to 512 points, 8 max(N, M)^2 numbers a sample; beyond, max(N M, (N^2 + M^2)/2) numbers or what
-    `memory_budget` says. Until backward, one gradient as large as each of x and y that needs one.
+    Memory: up to 512 points, 11 max(N, M)^2 numbers a sample; beyond, the larger of N M, N^2 / 2 and M^2 / 2 numbers
+    and two tiles of at most 1024^2 (4096^2 on CUDA), or what `memory_budget` says. Until backward, one gradient as
+    large as each of x and y that needs one.
     """
     check_points(x, y)
-    blur = _check_temperature(blur, epsilon, scaling)
+    blur = check_temperature(blur, epsilon, scaling)
     _check_refinement(tolerance, maximum_iterations, relaxation, initial)
     batched = x.dim() == 3
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -188,6 +192,7 @@ def sinkhorn_divergence(
     wanted = [torch.is_grad_enabled() and given is not None and given.requires_grad for given in inputs]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         clouds = make_clouds(x, y, *companions, blur=blur, dtype=dtype)
+        known = _known_self_terms(y_self, diameter, debias, wanted[1] or wanted[3], clouds, blur)
         diameters = clouds.diameters if diameter is None else torch.full_like(clouds.diameters, diameter)
         schedule = annealing_schedule(diameters, blur, scaling, dtype=dtype, device=x.device)
         options = SolverOptions(
@@ -199,7 +204,7 @@ def sinkhorn_divergence(
             maximum_iterations=maximum_iterations,
             relaxation=relaxation,
             initial=_start(initial, clouds, debias),
-            y_self=_known_self_terms(y_self, diameter, debias, wanted[1] or wanted[3], clouds),
+            y_self=known,
         )
         if initial is not None:
             schedule = schedule.skipped()
@@ -210,7 +215,7 @@ def sinkhorn_divergence(
             solution = solve_streaming(clouds, schedule, options, memory_budget)
         else:
             solution = solve_dense(clouds, schedule, options)
-        _warn_if_unfinished(solution.iterations - schedule.iterations, options)
+        _warn_if_unfinished(solution.converged, options)
     value = solution.value
     if any(wanted):
         of_weights = [
@@ -260,15 +265,18 @@ def _weight_gradient(weights: torch.Tensor, potential: torch.Tensor, own: torch.
 
 
 def _known_self_terms(
-    y_self: torch.Tensor | None, diameter: float | None, debias: bool, want_gradient: bool, clouds: Clouds
+    y_self: torch.Tensor | None, diameter: float | None, debias: bool, want_gradient: bool, clouds: Clouds, blur: float
 ) -> torch.Tensor | None:
     """The (B,) self terms of y that were given.
 
     Raises:
         ValueError: they do not fit the call.
     """
-    if diameter is not None and not (math.isfinite(diameter) and diameter > 0):
-        raise ValueError(f"diameter is {diameter}, expected a finite distance > 0")
+    if diameter is not None and not 0 < diameter <= _LARGEST_DIAMETER * max(float(clouds.diameters.max()), blur):
+        raise ValueError(
+            f"diameter is {diameter}, expected a distance > 0 and not beyond {_LARGEST_DIAMETER:.0f} times the largest "
+            f"in the clouds ({float(clouds.diameters.max()):.3g})"
+        )
     if y_self is None:
         return None
     if diameter is None or not debias or want_gradient:
@@ -279,8 +287,8 @@ def _known_self_terms(
     return given.to(clouds.b)
 
 
-def _check_temperature(blur: float, epsilon: float | None, scaling: float) -> float:
-    """The blur to use.
+def check_temperature(blur: float, epsilon: float | None, scaling: float) -> float:
+    """The blur to use; `epsilon` overrides `blur`.
 
     Raises:
         ValueError: a value out of range.
@@ -329,10 +337,10 @@ def _start(initial: SinkhornInfo | None, clouds: Clouds, debias: bool) -> tuple[
     return tuple(start)
 
 
-def _warn_if_unfinished(updates: torch.Tensor, options: SolverOptions) -> None:
-    if options.tolerance is not None and bool((updates >= options.maximum_iterations).any()):
+def _warn_if_unfinished(converged: torch.Tensor, options: SolverOptions) -> None:
+    if not bool(converged.all()):
         warnings.warn(
-            f"sinkhorn_divergence: {int((updates >= options.maximum_iterations).sum())} of {len(updates)} pairs did "
+            f"sinkhorn_divergence: {int((~converged).sum())} of {len(converged)} pairs did "
             f"not reach the tolerance {options.tolerance} in {options.maximum_iterations} updates; raise "
             "maximum_iterations, relaxation or blur",
             stacklevel=3,

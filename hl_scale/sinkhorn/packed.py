@@ -17,8 +17,8 @@ def packed_sinkhorn_divergence(
 ) -> torch.Tensor:
     """Sinkhorn divergence of B pairs of clouds of different sizes.
 
-    Pairs of similar size are padded to the longest of them and solved together, so that padding at most doubles the
-    points of clouds beyond 64; values do not depend on who is solved with whom.
+    Pairs whose longer clouds are of similar size are padded to the longest of them and solved together; values do not
+    depend on who is solved with whom.
 
     Args:
         x: (T, D), the points of all first clouds, one cloud after the other.
@@ -38,8 +38,8 @@ def packed_sinkhorn_divergence(
     if len(sizes[0]) != len(sizes[1]):
         raise ValueError(f"x_offsets has {len(sizes[0])} clouds, y_offsets {len(sizes[1])}: they must pair up")
     starts = [torch.cumsum(size, 0) - size for size in sizes]
-    # Powers of two: a cloud is padded to less than twice the longer one of its own pair. Up to 64 points, padding costs
-    # less than another launch.
+    # Powers of two: clouds are padded to less than twice the longer one of their own pair. Up to 64 points, padding
+    # costs less than another launch.
     grade = torch.maximum(*sizes).double().log2().ceil().clamp(min=SMALLEST_GRADE)
     order, values = [], []
     for level in grade.unique():

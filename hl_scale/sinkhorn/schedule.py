@@ -78,6 +78,10 @@ class Refinement:
     def any_active(self) -> bool:
         return bool(self._active.any())
 
+    def finished(self) -> torch.Tensor:
+        """(B,) bool on the CPU: samples whose marginals are within tolerance."""
+        return self._active.cpu() == 0
+
     def step(self) -> torch.Tensor:
         """(B,) step of the alternating updates, 0 for samples that are done."""
         return self._relaxation * self._active

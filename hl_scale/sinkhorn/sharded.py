@@ -7,16 +7,20 @@ library was found that does this; the value is that of one rank up to rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hl_scale.sinkhorn.clouds import check_points
+from hl_scale.sinkhorn.clouds import check_points, largest_square
 from hl_scale.sinkhorn.costs import Budget, Cloud, Costs, Potentials, divide_budget
+from hl_scale.sinkhorn.divergence import check_temperature
 from hl_scale.sinkhorn.schedule import annealing_schedule
 from hl_scale.sinkhorn.softmin import LOG_2
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def sharded_sinkhorn_divergence(
@@ -44,14 +48,19 @@ def sharded_sinkhorn_divergence(
     Raises:
         ValueError: points that do not fit together or are not finite; on every rank.
     """
-    problem = _problem(x, y)
+    problem = _problem(x, y, blur, scaling)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wanted = [torch.is_grad_enabled() and points.requires_grad for points in (x, y)]
     # Ranks must agree on what follows, or some would wait for ever.
-    agreed = torch.tensor([float(problem is not None), *map(float, wanted)], device=x.device)
+    kind = [float(x.shape[-1]), float(_DTYPES.index(x.dtype)) if x.dtype in _DTYPES else -1.0, blur, scaling]
+    kind = [value if math.isfinite(value) else 0.0 for value in kind]
+    flags = [float(problem is not None), *map(float, wanted)]
+    agreed = torch.tensor([*flags, *kind, *(-value for value in kind)], dtype=torch.float64, device=x.device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
     if agreed[0]:
         raise ValueError(problem or "another rank of the group refused its points")
+    if bool((agreed[3:7] != -agreed[7:]).any()):
+        raise ValueError("ranks of the group differ in D, dtype, blur or scaling: all must pass the same")
     want_x, want_y = bool(agreed[1]), bool(agreed[2])
     x, y = x.to(dtype), y.to(dtype)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -64,10 +73,11 @@ def sharded_sinkhorn_divergence(
     return _ShardGradient.apply(x, y, value, gradients) if want_x or want_y else value
 
 
-def _problem(x: torch.Tensor, y: torch.Tensor) -> str | None:
+def _problem(x: torch.Tensor, y: torch.Tensor, blur: float, scaling: float) -> str | None:
     """What is wrong with this rank's points."""
     try:
         check_points(x, y)
+        check_temperature(blur, None, scaling)
     except ValueError as error:
         return str(error)
     if x.dim() != 2:
@@ -75,6 +85,8 @@ def _problem(x: torch.Tensor, y: torch.Tensor) -> str | None:
     for name, points in (("x", x), ("y", y)):
         if not bool(points.isfinite().all()):
             return f"{name} holds NaN or infinite coordinates"
+        if not float(points.abs().max()) ** 2 * points.shape[1] < largest_square(torch.float32, blur):
+            return f"{name} holds coordinates whose squared distances overflow float32: scale the points down"
     return None
 
 

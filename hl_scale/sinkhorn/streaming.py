@@ -34,6 +34,7 @@ def solve_streaming(
         gradient_y=clouds.a.new_zeros(clouds.y.shape) if options.want_gradient_y else None,
         marginal_error=a.new_zeros(len(a)) if options.want_error else None,
         iterations=schedule.iterations.clone(),
+        converged=torch.ones(len(a), dtype=torch.bool),
     )
     for sample in range(len(a)):
         _solve_pair(clouds, schedule, sample, solution, budget, options)
@@ -45,10 +46,10 @@ _Start = tuple[torch.Tensor | None, torch.Tensor | None]
 
 def _anneal(
     costs: Costs, updates: list[tuple[float, float]], epsilon: float, options: SolverOptions, start: _Start
-) -> tuple[Potentials, Potentials, int]:
+) -> tuple[Potentials, Potentials, Refinement | None]:
     """Potentials of x and y after annealing by `updates` (temperature, step), refining and a last full update.
 
-    Also the number of refining updates.
+    Also how refining went, where a tolerance was given.
     """
     f = torch.zeros_like(costs.x.weights) if start[0] is None else start[0]
     g = f if costs.symmetric else torch.zeros_like(costs.y.weights) if start[1] is None else start[1]
@@ -56,7 +57,7 @@ def _anneal(
         new_f, new_g = costs.softmin(f, g, temperature)
         f = f.lerp(new_f, step)
         g = f if costs.symmetric else g.lerp(new_g, step)
-    refined = 0
+    refined = None
     if options.tolerance is not None:
         f, g, refined = _refine(costs, f, g, epsilon, options)
     last_f, last_g = costs.softmin(f, g, epsilon)
@@ -65,7 +66,7 @@ def _anneal(
 
 def _refine(
     costs: Costs, f: torch.Tensor, g: torch.Tensor, epsilon: float, options: SolverOptions
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+) -> tuple[torch.Tensor, torch.Tensor, Refinement]:
     """Iterate at the target temperature until the marginals are within tolerance."""
     assert options.tolerance is not None
     state = Refinement(1, options.relaxation, options.tolerance, like=f)
@@ -80,7 +81,7 @@ def _refine(
             error = error + costs.y.drift(g - new_g, epsilon)
             g = g.lerp(new_g, float(state.step()))
         state.record(error[None])
-    return f, g, state.updates
+    return f, g, state
 
 
 def _solve_pair(
@@ -104,7 +105,8 @@ def _solve_pair(
     ]
 
     costs = Costs(x, y, budget, epsilon)
-    final_f, final_g, refined = _anneal(costs, updates, epsilon, options, (starts[0], starts[1]))
+    final_f, final_g, state = _anneal(costs, updates, epsilon, options, (starts[0], starts[1]))
+    states = [state]
     solution.f[sample, x.inside], solution.g[sample, y.inside] = final_f.own, final_g.own
     value = x.weights @ final_f.own + y.weights @ final_g.own
     if solution.marginal_error is not None:
@@ -127,7 +129,7 @@ def _solve_pair(
             final, _, again = _anneal(self_costs, updates, epsilon, options, (start, start))
             own[sample, cloud.inside] = final.own
             value = value - cloud.weights @ final.own
-            refined = max(refined, again)
+            states.append(again)
             if gradient is not None:
                 barycentre = self_costs.barycentres(final, epsilon)
             del self_costs
@@ -139,4 +141,6 @@ def _solve_pair(
     if options.y_self is not None:
         value = value - options.y_self[sample]
     solution.value[sample] = value
-    solution.iterations[sample] += refined
+    refined = [state for state in states if state is not None]
+    solution.iterations[sample] += max((state.updates for state in refined), default=0)
+    solution.converged[sample] = all(bool(state.finished()) for state in refined)

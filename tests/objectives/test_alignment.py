@@ -155,14 +155,14 @@ def test_an_empty_cloud_is_refused_by_row_with_the_reason() -> None:
 def test_with_a_diameter_known_self_terms_of_targets_change_neither_value_nor_gradient() -> None:
     objective = AlignmentObjective(ObjectiveConfig(diameter=4.0))
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 7, 16, generator=generator, requires_grad=True)
+    hidden = torch.randn(3, 7, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(7) < torch.tensor([7, 4, 6])[:, None]
-    target = torch.randn(3, 5, 16, generator=generator) / 4
+    target = torch.randn(3, 5, 16, generator=generator, dtype=torch.float64) / 4
     target_mask = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
     terms = objective.self_terms(target, target_mask)
     assert terms is not None
     results = [objective.divergence(hidden, mask, target, target_mask, known) for known in (None, terms)]
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     gradients = [torch.autograd.grad(values.sum(), hidden)[0] for values in results]
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-12)
     assert AlignmentObjective(ObjectiveConfig()).self_terms(target, target_mask) is None

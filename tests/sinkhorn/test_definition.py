@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from geomloss import SamplesLoss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hl_scale.benchmark.measure import measured
 from hl_scale.sinkhorn import naive_sinkhorn_divergence, sinkhorn_divergence
 
 SETTINGS = dict(rtol=1e-9, atol=1e-11)
@@ -108,7 +112,7 @@ def test_costs_kept_in_16_bits_stay_within_a_tenth_of_epsilon(share: float) -> N
                 found = tile.costs.double() * tile.step + tile.offset
                 assert (found - exact[tile.rows, tile.columns]).abs().max() < max(0.1 * epsilon, 1e-6)
         kept = [tile.costs.dtype for tile in costs.kept.values()]
-        assert set(kept) == ({torch.int16} if compact and share > 0 else set())
+        assert set(kept) == ({torch.int16 if compact else torch.float32} if share > 0 else set())
         assert (len(kept) == 10) == (compact and share == 1.0)
 
 
@@ -123,3 +127,90 @@ def test_a_plan_out_of_range_is_solved_from_maxima() -> None:
     cold = sinkhorn_divergence(x, y, blur=0.5, tolerance=1e-3, memory_budget=2 * 8 * 8 * 4)
     warm = sinkhorn_divergence(x, y, blur=0.5, tolerance=1e-3, initial=info, memory_budget=2 * 8 * 8 * 4)
     torch.testing.assert_close(warm, cold, rtol=1e-2, atol=1e-3)
+
+
+def test_gaussians_have_their_closed_form() -> None:
+    """Janati et al., "Entropic optimal transport between unbalanced Gaussian measures", arXiv 2006.02572, theorem 1."""
+    blur = 0.6
+    grid = torch.linspace(-9, 9, 400, dtype=torch.float64)[:, None]
+    (mean, variance), (other_mean, other_variance) = (-0.5, 0.8), (0.7, 1.9)
+
+    def density(mean: float, variance: float) -> torch.Tensor:
+        weights = torch.exp(-((grid[:, 0] - mean) ** 2) / (2 * variance))
+        return weights / weights.sum()
+
+    def entropic(a: float, b: float) -> float:
+        """Twice OT of centred Gaussians, up to a constant that debiasing cancels; sigma^2 = epsilon."""
+        d = math.sqrt(4 * a * b + blur**4)
+        return a + b - d + blur**2 * math.log(d + blur**2)
+
+    debiased = entropic(variance, other_variance) - entropic(variance, variance) / 2
+    debiased -= entropic(other_variance, other_variance) / 2
+    expected = ((mean - other_mean) ** 2 + debiased) / 2
+    weights = {"x_weights": density(mean, variance), "y_weights": density(other_mean, other_variance)}
+    for budget in (None, 8 * 4 * 2 * 64**2):
+        value = sinkhorn_divergence(grid, grid, blur=blur, tolerance=1e-9, memory_budget=budget, **weights)
+        assert float(value) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("smallest", [1e-30, 1e-34, 1e-36, 1e-38])
+def test_tiny_weights_have_the_potentials_of_float64(smallest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(count, 3, generator=generator) for count in (40, 900))
+    a = torch.full((40,), 1 / 39)
+    a[0] = smallest
+    infos = [
+        sinkhorn_divergence(
+            x.to(dtype), y.to(dtype), x_weights=a.to(dtype), blur=0.3, memory_budget=60_000, return_info=True
+        )[1]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    torch.testing.assert_close(infos[0].f.double(), infos[1].f, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_clouds_kept_in_16_bits_stay_close_to_float64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(count, 64, generator=generator).div(8).to(dtype) for count in (70, 90))
+    found = []
+    for kind, budget in ((dtype, 20_000), (torch.float64, None)):
+        points = x.to(kind).requires_grad_()
+        value, info = sinkhorn_divergence(points, y.to(kind), memory_budget=budget, return_info=True)
+        (gradient,) = torch.autograd.grad(value, points)
+        assert gradient.dtype == kind
+        found.append((value.double(), gradient.double(), info.solver))
+    assert [solver for _, _, solver in found] == ["streaming", "dense"]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=0)
+    scale = float(found[1][1].abs().max())
+    torch.testing.assert_close(
+        found[0][1], found[1][1], rtol=0, atol=scale * 2 ** -(7 if dtype == torch.bfloat16 else 10)
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("budget", [12_000_000, 40_000_000])
+def test_peak_memory_stays_within_the_budget_and_the_gradient(budget: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4096, 16, generator=generator) / 4 for _ in range(2))
+
+    def run() -> list[torch.Tensor]:
+        value = sinkhorn_divergence(x.requires_grad_(), y, memory_budget=budget, blur=0.2)
+        return [value.detach(), *torch.autograd.grad(value, x)]
+
+    run()
+    _, _, extra = measured(run, "cpu")
+    assert extra < budget + 8 * x.numel() * 4 + 4_000_000
+
+
+def test_a_pair_that_converges_on_its_last_update_is_not_called_unfinished(recwarn: pytest.WarningsRecorder) -> None:
+    x, y, _, _ = (leaf.detach() for leaf in clouds(20, 15, 4))
+    options = dict(tolerance=1e-6, blur=0.5, return_info=True)
+    plain = sinkhorn_divergence(x, y, blur=0.5, return_info=True)[1]  # type: ignore[call-overload]
+    for budget in (None, 8 * 4 * 2 * 25):
+        info = sinkhorn_divergence(x, y, memory_budget=budget, **options)[1]  # type: ignore[call-overload]
+        needed = int(info.iterations - plain.iterations)
+        recwarn.clear()
+        sinkhorn_divergence(x, y, memory_budget=budget, maximum_iterations=needed, **options)  # type: ignore[call-overload]
+        assert not recwarn.list
+        with pytest.warns(UserWarning, match="1 of 1 pairs did not reach"):
+            sinkhorn_divergence(x, y, memory_budget=budget, maximum_iterations=needed - 1, **options)  # type: ignore[call-overload]

@@ -351,6 +351,8 @@ MASK = torch.ones(4, dtype=torch.bool)
         (dict(y_self=torch.zeros(())), "y_self needs debias=True, the diameter"),
         (dict(y_self=torch.zeros(2), diameter=9.0), "y_self has shape .2,., expected 1 finite values"),
         (dict(diameter=0.0), "diameter is 0.0"),
+        (dict(diameter=1e8), "not beyond 1000 times the largest"),
+        (dict(memory_budget=-1), "memory_budget is -1 bytes"),
         (dict(x_weights=torch.tensor([1, 0, 0, 0])), "x_weights has dtype"),
         (dict(blur=0.0), "blur is 0.0"),
         (dict(blur=float("nan")), "blur is nan"),

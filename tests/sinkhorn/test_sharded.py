@@ -32,10 +32,15 @@ def _measure(rank: int, rendezvous: str, budget: int | None, results: str) -> No
     value = sharded_sinkhorn_divergence(x, y, blur=0.2, memory_budget=budget)
     (3 * value).backward()
     torch.save([value.detach(), x.grad, y.grad], f"{results}.{rank}")
-    if rank == 1:
-        x.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=("another rank", "x holds NaN")[rank]):
-        sharded_sinkhorn_divergence(x, y)
+    for arguments, message in (
+        (dict(x=x, y=y, blur=(0.2, 0.3)[rank]), "ranks of the group differ"),
+        (dict(x=x, y=y, blur=-1.0), "blur is -1.0"),
+        (dict(x=x * 1e30, y=y), "overflow float32"),
+        (dict(x=(x, x[:, :2])[rank], y=(y, y[:, :2])[rank]), "ranks of the group differ in D"),
+        (dict(x=(x, x * torch.nan)[rank], y=y), ("another rank", "x holds NaN")[rank]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharded_sinkhorn_divergence(**arguments)
     dist.destroy_process_group()
 
 
