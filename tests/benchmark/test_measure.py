@@ -49,7 +49,7 @@ def test_a_row_whose_check_fails_is_not_timed(capsys: pytest.CaptureFixture[str]
 def test_an_error_that_is_not_a_number_is_not_passed_over() -> None:
     exact = [torch.ones(1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)]
     assert math.isnan(measure.error([torch.ones(1), torch.full((2,), torch.nan)], exact))
-    with pytest.raises(ValueError, match="longer|shorter"):
+    with pytest.raises(ValueError, match="zip"):
         measure.error([torch.ones(1)], exact)
 
 
