@@ -26,7 +26,7 @@ def sinkhorn_rows(device: str, long: bool) -> Iterator[Row]:
             yield from _long_rows(generator, points, dimension, torch.float32, device)
         yield from _pot_rows(generator)
         if long:
-            yield _huge_row(generator, 32768, 640, 900_000_000)
+            yield _huge_row(generator, 32768, 640, 700_000_000)
     else:
         yield _ragged_row(generator, 64, 100, 512, 4096, device)
         for points in (8192, 32768):
