@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hl_scale.kernels.available import has_triton
+
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
@@ -105,6 +107,13 @@ def dequantize_nf4(packed: Tensor, constants: BlockConstants, dtype: torch.dtype
             f"packed NF4 weight of shape {constants.shape} needs {out_features * in_features // 2} uint8 values, "
             f"got {packed.numel()} of {packed.dtype}; under ZeRO-3 the parameter must be gathered first"
         )
+    if packed.is_cuda and dtype != torch.float64 and has_triton():
+        from hl_scale.kernels.nf4_triton import dequantize_triton
+
+        nested, offset = constants.nested_absmax, constants.offset
+        tables = _code(packed.device), dynamic_map(packed.device)
+        out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
+        return dequantize_triton(packed.reshape(-1), constants.absmax, nested, offset, *tables, out)
     # One lookup per byte: both 4-byte floats of a byte are read as one 8-byte element.
     pairs = torch.index_select(_pair_table(packed.device), 0, packed.reshape(-1).int()).view(torch.float32)
     absmax = block_absmax(constants)

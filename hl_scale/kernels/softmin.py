@@ -12,12 +12,12 @@ Sums are exact up to rounding as long as no P_ij that matters leaves the range o
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 
 import torch
 from torch import Tensor
+
+from hl_scale.kernels.available import has_triton
 
 # Exponents below this are cut off: exp2 of them would be slow (subnormal) and could not change a sum.
 _SMALLEST = {dtype: math.log2(torch.finfo(dtype).tiny) for dtype in (torch.float32, torch.float64)}
@@ -49,9 +49,3 @@ def plan_sums(
         return plan_sums_triton(costs, row_logits, column_logits, scale)
     plan = plan_(costs, row_logits, column_logits, scale, work)
     return plan.sum(1), plan.sum(0)
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hl_scale.kernels.softmin import has_triton, plan_, plan_sums
+from hl_scale.kernels.available import has_triton
+from hl_scale.kernels.softmin import plan_, plan_sums
 
 SHAPES = [(1, 1), (64, 128), (65, 129), (1, 300), (200, 3), (127, 257)]
 
@@ -47,17 +44,8 @@ def test_entries_that_underflow_are_cut_off_and_none_is_subnormal() -> None:
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-def test_the_interpreted_triton_kernel_gives_the_sums_of_the_plan_in_float64() -> None:
-    """In a process of its own: Triton decides at import whether it interprets."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+def test_the_interpreted_triton_kernel_gives_the_sums_of_the_plan_in_float64(interpreted) -> None:
+    errors = interpreted(__file__)
     assert len(errors) == 2 * len(SHAPES)
     assert max(errors.values()) < 1e-5, errors
 
@@ -65,11 +53,9 @@ def test_the_interpreted_triton_kernel_gives_the_sums_of_the_plan_in_float64() -
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("costs", ["*fp32", "*i16"])
-def test_the_triton_kernel_compiles_without_spills(capability: int, costs: str, tmp_path: Path) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_triton
-
+def test_the_triton_kernel_compiles_without_spills(
+    capability: int, costs: str, tmp_path: Path, assert_no_spills
+) -> None:
     from hl_scale.kernels import softmin_triton as module
 
     signature = {
@@ -77,18 +63,9 @@ def test_the_triton_kernel_compiles_without_spills(capability: int, costs: str, 
         **dict.fromkeys(("row_logits", "column_logits", "row_parts", "column_parts"), "*fp32"),
         **dict.fromkeys(("rows", "columns", "stride"), "i32"),
         "scale": "fp32",
-        "BLOCK_ROWS": "constexpr",
-        "BLOCK_COLUMNS": "constexpr",
     }
     constants = {"BLOCK_ROWS": module.BLOCK_ROWS, "BLOCK_COLUMNS": module.BLOCK_COLUMNS}
-    source = ASTSource(module.plan_sums_kernel, signature, constexprs=constants)
-    kernel = compile_triton(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": module.WARPS})
-    assert kernel.metadata.shared <= 48 * 1024
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    binary = Path(sys.modules["triton"].__file__ or "").parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([binary, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"plan_sums_kernel:\s+REG:\d+ STACK:0 .*LOCAL:0 ", usage), usage
+    assert_no_spills(module.plan_sums_kernel, signature, constants, capability, module.WARPS, tmp_path)
 
 
 @pytest.mark.gpu
