@@ -39,7 +39,7 @@ SURFACE_RULE = "surface_contract"
 """Name given to Multi-VALUE's unconditional contractions ("have to" -> "gotta"), which belong to no feature."""
 
 _PARSES_KEPT = 64
-ENGINE_VERSION = "1"
+ENGINE_VERSION = "2"
 """Raised whenever this module changes what a transformation returns; part of a corpus's fingerprint."""
 
 _COREFERENCE_REASON = "coreference is switched off (its stanza model must be downloaded)"
@@ -224,6 +224,7 @@ def _build(resources: Mapping[str, Resource], nltk_data: str, generator: _Seeded
 
         def clear(self) -> None:
             super().clear()
+            self.aint = False  # set by the rules for "ain't" and read by negative concord; never reset otherwise
             self.modification_counter: Counter[str] = Counter()
 
         def decide_filter_rules(self) -> Any:

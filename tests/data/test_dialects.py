@@ -185,3 +185,14 @@ def test_a_sentence_is_parsed_once_for_many_vectors(engine: DialectEngine) -> No
         engine.transform("A sentence that no other test has parsed.", ALL, seed)
     assert parse.cache_info().misses - before.misses == 1
     assert parse.cache_info().hits - before.hits == 5
+
+
+def test_a_sentence_does_not_depend_on_those_before_it(engine) -> None:
+    """Multi-VALUE remembers that a sentence had "ain't" and let it leak into later ones."""
+    concord, aint = np.zeros((2, typology.NUM_FEATURES), dtype=np.float32)
+    concord[153] = aint[154] = 1.0  # features 154 and 155
+    text = "He is not the man who has a car."
+    before = engine.transform(text, concord, 0)
+    assert "ain't" in engine.transform("That is not fair.", aint, 0).text
+    assert engine.transform(text, concord, 0) == before
+    assert "isn't" in before.text and "ain't" not in before.text
