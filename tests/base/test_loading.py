@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,3 +320,23 @@ def test_code_from_a_repository_that_the_revision_does_not_pin_is_refused(copy: 
     base = BaseModelConfig(model=str(directory), trust_remote_code=True, revision="0" * 40)
     with pytest.raises(BaseModelError, match="takes Python code from someone/else"):
         load_base(base, LoraConfig(rank=4))
+
+
+@pytest.mark.slow
+def test_any_rank_may_convert_the_packaged_model_and_an_incomplete_one_is_replaced(tmp_path: Path) -> None:
+    """In a process group transformers writes models on rank 0 alone."""
+    (tmp_path / "gemma3-270m").mkdir()
+    (tmp_path / "gemma3-270m" / "tokenizer.json").write_text("{}")
+    code = (
+        "import sys, torch.distributed as dist\n"
+        "from pathlib import Path\n"
+        "from torch.testing._internal.distributed.fake_pg import FakeStore\n"
+        "from hl_scale.base.packages import package_directory\n"
+        "dist.init_process_group('fake', rank=1, world_size=2, store=FakeStore())\n"
+        "package_directory('gemma3-270m', Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, timeout=600)
+    written = {path.name for path in (tmp_path / "gemma3-270m").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= written
+    base = load_base(BaseModelConfig(model=str(tmp_path / "gemma3-270m")), LoraConfig(rank=4))
+    assert len(base.tokenizer) > 200_000
