@@ -57,10 +57,15 @@ def run_benchmark(
         threads: of torch on the CPU; its own choice unless given.
         repeats: timed calls of each computation.
         long: also rows that take minutes.
+
+    Raises:
+        ValueError: there is no such benchmark or device.
     """
     from hl_scale.benchmark.lora import lora_rows
     from hl_scale.benchmark.sinkhorn import sinkhorn_rows
 
+    if what not in ("sinkhorn", "lora") or device not in ("cpu", "cuda"):
+        raise ValueError(f"cannot time {what} on {device}: choose sinkhorn or lora, and --device cpu or cuda")
     if threads is not None:
         torch.set_num_threads(threads)
     print(describe_machine(device))
@@ -115,7 +120,7 @@ def print_row(row: Row, device: str, repeats: int) -> bool:
         samples: dict[str, list[float]] = {name: [] for name in computations}
         for _ in range(max(repeats, 1)):
             for name, computation in computations.items():
-                samples[name].append(seconds(computation, device))
+                samples[name].append(timed(computation, device)[1])
         times = {name: statistics.median(taken) for name, taken in samples.items()}
     for name in times:
         ratio = "" if name == "ours" else f"{times[name] / times['ours']:.2f}"
@@ -133,32 +138,26 @@ def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return torch.stack(errors).max().item()
 
 
-def seconds(computation: Computation, device: str) -> float:
-    """Time of one call."""
+def timed(computation: Computation, device: str) -> tuple[list[Tensor], float]:
+    """Result and seconds of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
     result = computation()
     if device == "cuda":
         torch.cuda.synchronize()
-    elapsed = time.perf_counter() - started
-    del result
-    return elapsed
+    return result, time.perf_counter() - started
 
 
 def measured(computation: Computation, device: str) -> tuple[list[Tensor], float, float]:
-    """Result, time and peak bytes above those in use before of one call."""
+    """Result, seconds, and peak bytes above those in use before of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = float(torch.cuda.memory_allocated())
     else:
         before = _reset_peak()
-    started = time.perf_counter()
-    result = computation()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - started
+    result, elapsed = timed(computation, device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
     return result, elapsed, peak - before
 

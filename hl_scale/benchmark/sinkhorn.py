@@ -42,13 +42,20 @@ def _differentiated(divergence: Any, x: Tensor) -> list[Tensor]:
     return [values.detach().view(-1), points.grad]
 
 
-def _peers(x: Tensor, y: Tensor, device: str) -> dict[str, Computation]:
-    """Installed peers for one pair, or for a padded batch with equal weights."""
-    peers: dict[str, Computation] = {}
-    if importlib.util.find_spec("geomloss") is not None:
-        from geomloss import SamplesLoss
+def _geomloss() -> Any:
+    """GeomLoss's divergence with its costs stored, or None where it is not installed."""
+    if importlib.util.find_spec("geomloss") is None:
+        return None
+    from geomloss import SamplesLoss
 
-        loss = SamplesLoss("sinkhorn", p=2, blur=BLUR, backend="tensorized")
+    return SamplesLoss("sinkhorn", p=2, blur=BLUR, backend="tensorized")
+
+
+def _peers(x: Tensor, y: Tensor, device: str) -> dict[str, Computation]:
+    """Installed peers for one pair."""
+    peers: dict[str, Computation] = {}
+    loss = _geomloss()
+    if loss is not None:
         peers["geomloss"] = partial(_differentiated, lambda points: loss(points.float(), y.float()), x)
     if device == "cuda" and importlib.util.find_spec("flash_sinkhorn") is not None:
         from flash_sinkhorn import SamplesLoss as FlashLoss
@@ -98,10 +105,8 @@ def _ragged_row(generator: torch.Generator, batch: int, low: int, high: int, dim
         return points.new_zeros(batch, high, dimension).masked_scatter(mask[..., None], points)
 
     peers: dict[str, Computation] = {}
-    if importlib.util.find_spec("geomloss") is not None:
-        from geomloss import SamplesLoss
-
-        loss = SamplesLoss("sinkhorn", p=2, blur=BLUR, backend="tensorized")
+    loss = _geomloss()
+    if loss is not None:
         targets = padded(y)
         peers["geomloss, padded"] = partial(
             _differentiated, lambda points: loss(weights, padded(points), weights, targets), x
@@ -136,9 +141,7 @@ def _pot_rows(generator: torch.Generator) -> Iterator[Row]:
     blur, tolerance = 0.3, 1e-3
 
     def ours(x: Tensor, y: Tensor, tolerance: float) -> list[Tensor]:
-        value = sinkhorn_divergence(
-            x, y, blur=blur, debias=False, tolerance=tolerance, memory_budget=2_000_000, relaxation=1.0
-        )
+        value = sinkhorn_divergence(x, y, blur=blur, debias=False, tolerance=tolerance, memory_budget=2_000_000)
         return [value.view(1)]
 
     def pot() -> list[Tensor]:

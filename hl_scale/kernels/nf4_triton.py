@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hl_scale.kernels.available import device_of
 
 BLOCK_BYTES, WARPS = 1024, 4
 
@@ -56,7 +55,7 @@ def dequantize_triton(
     Products and sums are not contracted, so float32 weights equal those of the definition bit for bit.
     """
     grid = (triton.cdiv(packed.numel(), BLOCK_BYTES),)
-    with torch.cuda.device(packed.device) if packed.is_cuda else contextlib.nullcontext():
+    with device_of(packed):
         dequantize_kernel[grid](
             packed,
             absmax,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hl_scale.kernels.available import device_of
 
 BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 64, 128, 8
 
@@ -45,7 +44,7 @@ def plan_sums_triton(costs: Tensor, row_logits: Tensor, column_logits: Tensor, s
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
     row_parts = row_logits.new_empty(grid[1], rows)
     column_parts = row_logits.new_empty(grid[0], columns)
-    with torch.cuda.device(costs.device) if costs.is_cuda else contextlib.nullcontext():
+    with device_of(costs):
         plan_sums_kernel[grid](
             costs,
             row_logits,

@@ -3,7 +3,7 @@
 As many tiles as the budget holds are kept from pass to pass; the others are computed again. Where float32 tiles do not
 all fit, tiles are kept in 16 bits instead, as whole multiples of a step between the smallest and the largest cost of
 the tile, provided that rounding to them moves no cost by more than a tenth of epsilon (half-precision floats would:
-their rounding grows with the cost). A tile that spans too much for that is not kept.
+their rounding grows with the cost). A tile that spans too much for that is kept in float32 while there is room.
 """
 
 from __future__ import annotations

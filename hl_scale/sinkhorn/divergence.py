@@ -192,8 +192,8 @@ def sinkhorn_divergence(
     wanted = [torch.is_grad_enabled() and given is not None and given.requires_grad for given in inputs]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         clouds = make_clouds(x, y, *companions, blur=blur, dtype=dtype)
-        known = _known_self_terms(y_self, diameter, debias, wanted[1] or wanted[3], clouds, blur)
-        diameters = clouds.diameters if diameter is None else torch.full_like(clouds.diameters, diameter)
+        known = _known_self_terms(y_self, diameter, debias, wanted[1] or wanted[3], clouds)
+        diameters = _annealed_from(diameter, clouds, blur)
         schedule = annealing_schedule(diameters, blur, scaling, dtype=dtype, device=x.device)
         options = SolverOptions(
             debias=debias,
@@ -264,19 +264,31 @@ def _weight_gradient(weights: torch.Tensor, potential: torch.Tensor, own: torch.
     return torch.where(weights > 0, slope - (weights * slope).sum(-1, keepdim=True), 0)
 
 
+def _annealed_from(diameter: float | None, clouds: Clouds, blur: float) -> torch.Tensor:
+    """(B,) diameters to begin annealing from: the given one, or each pair's own.
+
+    Raises:
+        ValueError: the given one is out of range.
+    """
+    if diameter is None:
+        return clouds.diameters
+    largest = float(clouds.diameters.max())
+    if not 0 < diameter <= _LARGEST_DIAMETER * max(largest, blur):
+        raise ValueError(
+            f"diameter is {diameter}, expected a distance > 0 and not beyond {_LARGEST_DIAMETER:.0f} times the largest "
+            f"in the clouds ({largest:.3g})"
+        )
+    return torch.full_like(clouds.diameters, diameter)
+
+
 def _known_self_terms(
-    y_self: torch.Tensor | None, diameter: float | None, debias: bool, want_gradient: bool, clouds: Clouds, blur: float
+    y_self: torch.Tensor | None, diameter: float | None, debias: bool, want_gradient: bool, clouds: Clouds
 ) -> torch.Tensor | None:
     """The (B,) self terms of y that were given.
 
     Raises:
         ValueError: they do not fit the call.
     """
-    if diameter is not None and not 0 < diameter <= _LARGEST_DIAMETER * max(float(clouds.diameters.max()), blur):
-        raise ValueError(
-            f"diameter is {diameter}, expected a distance > 0 and not beyond {_LARGEST_DIAMETER:.0f} times the largest "
-            f"in the clouds ({float(clouds.diameters.max()):.3g})"
-        )
     if y_self is None:
         return None
     if diameter is None or not debias or want_gradient:

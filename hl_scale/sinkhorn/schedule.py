@@ -41,6 +41,12 @@ class AnnealingSchedule:
     iterations: torch.Tensor
     epsilon: float
 
+    def updates(self, sample: int) -> list[tuple[float, float]]:
+        """Temperature and step of each update of one sample, until it has finished."""
+        count = int(self.iterations[sample])
+        columns = self.epsilons[:count, sample].tolist(), self.steps[:count, sample].tolist()
+        return list(zip(*columns, strict=True))
+
     def target(self) -> torch.Tensor:
         """(B,) the target temperature."""
         return torch.full_like(self.epsilons[0], self.epsilon)

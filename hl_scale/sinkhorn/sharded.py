@@ -68,7 +68,7 @@ def sharded_sinkhorn_divergence(
         (low_x, high_x), (low_y, high_y) = (shard.extent() for shard in ours)
         diameter = (torch.maximum(high_x, high_y) - torch.minimum(low_x, low_y)).norm().cpu()[None]
         schedule = annealing_schedule(diameter, blur, scaling, dtype=dtype, device=x.device)
-        updates = list(zip(schedule.epsilons[:, 0].tolist(), schedule.steps[:, 0].tolist(), strict=True))
+        updates = schedule.updates(0)
         value, gradients = _solve(*ours, updates, schedule.epsilon, divide_budget(memory_budget, x), want_x, want_y)
     return _ShardGradient.apply(x, y, value, gradients) if want_x or want_y else value
 

@@ -1,4 +1,4 @@
-"""The log-sum-exp at the heart of both solvers, in base 2.
+"""The log-sum-exp of the dense solver, and of the streaming one where a plan leaves the range of floats; in base 2.
 
 On CPUs torch's exp is 3 times slower than its exp2, and 10 times where results underflow, which at a small temperature
 is nearly everywhere. So exponents are kept in units of log 2 and cut off where they could not change a sum.

@@ -94,10 +94,7 @@ def _solve_pair(
 ) -> None:
     """Anneal one pair of the batch and write its row of `solution`."""
     x, y = Cloud(clouds.x[sample], clouds.a[sample]), Cloud(clouds.y[sample], clouds.b[sample])
-    epsilon, count = schedule.epsilon, int(schedule.iterations[sample])
-    updates = list(
-        zip(schedule.epsilons[:count, sample].tolist(), schedule.steps[:count, sample].tolist(), strict=True)
-    )
+    epsilon, updates = schedule.epsilon, schedule.updates(sample)
     given = options.initial or (None, None, None, None)
     starts = [
         None if potential is None else potential[sample, cloud.inside]
