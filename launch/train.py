@@ -9,8 +9,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from hl_scale.config import Config
 
 
 def main() -> int:
@@ -22,20 +26,38 @@ def main() -> int:
 
     from hl_scale.config import load_config
     from hl_scale.engine.loop import limit_threads, train
+    from hl_scale.planning import gigabytes
 
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     limit_threads(int(local_size))
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        result = train(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        planned = planned_memory(config) if is_main else None
+        result = train(config)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    if is_main:
+        plan = f" (planned {gigabytes(planned)})" if planned is not None else ""
+        print(f"peak memory per rank: {gigabytes(result.peak_memory_bytes)}{plan}")
     if result.interrupted:
         return 130
-    if os.environ.get("RANK", "0") == "0":
+    if is_main:
         print(f"done: step {result.step}, loss {result.loss:.4f}, {result.checkpoint}")
     return 0
+
+
+def planned_memory(config: Config) -> int | None:
+    """Peak bytes of each rank by `hl-scale plan`; None where there is none: training then says what is wrong."""
+    from hl_scale.engine.zero3 import default_device
+    from hl_scale.planning import plan_memory
+
+    try:
+        return plan_memory(config, int(os.environ.get("WORLD_SIZE", "1")), device=default_device()).peak
+    except (ValueError, OSError):
+        return None
 
 
 if __name__ == "__main__":

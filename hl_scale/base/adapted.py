@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hl_scale.base.quantized_linear import AdaptableLinear
-from hl_scale.config import LoraConfig
-from hl_scale.lora import LoraFactors, Slot
+from hl_scale.base.quantized_linear import AdaptableLinear, SharedInput, gather_with
+from hl_scale.base.recompute import RecomputedBlock, TiledMlp, attached, find_blocks, find_mlps
+from hl_scale.config import BaseModelConfig, LoraConfig
+from hl_scale.kernels import Segments
+from hl_scale.lora import FactorSource, Slot
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Names of sibling layers that read the same input, in the order of their calls."""
 
 
 class BaseModelError(ValueError):
@@ -26,15 +31,18 @@ class AdaptedModel(nn.Module):
     Args:
         model: transformers model whose linear layers were replaced.
         tokenizer: its tokenizer, or None in tests.
-        lora: which modules are slots, and the rank to check against.
+        lora: which modules are slots, the rank to check against, and how adapters are applied.
         fingerprint: identifies weights and quantisation; keys caches and run provenance.
+        base: how activations are saved: recomputed blocks, offload, tiles; all of them off unless given.
         from_multimodal: this is the language model inside a larger checkpoint, where its modules have other paths.
 
     Raises:
         BaseModelError: a target module does not exist, or the rank is larger than a slot allows.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, lora: LoraConfig, fingerprint: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, lora: LoraConfig, fingerprint: str, base: BaseModelConfig | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -45,6 +53,27 @@ class AdaptedModel(nn.Module):
             path: module for path, module in model.named_modules() if isinstance(module, AdaptableLinear)
         }
         self.slots = find_slots(self.linears, lora)
+        for layer in self.linears.values():
+            layer.apply_as = lora.apply
+        self.shared_inputs = _share_inputs(self.linears)
+        self._tiled: list[TiledMlp] = []
+        if base is not None and base.mlp_tile_tokens is not None:
+            self._tile_mlps(base.mlp_tile_tokens)
+        self._blocks: list[RecomputedBlock] = []
+        if base is not None and base.gradient_checkpointing:
+            for path, block in find_blocks(model).items():
+                slots = [slot for slot in self.slots if slot.path.startswith(path + ".")]
+                layers = [self.linears[slot.path] for slot in slots]
+                self._blocks.append(RecomputedBlock(block, slots, layers, base.offload_activations))
+
+    def _tile_mlps(self, tokens: int) -> None:
+        mlps = find_mlps(self.model)
+        if not mlps:
+            raise BaseModelError(
+                f"base.mlp_tile_tokens = {tokens}, but {type(self.model).__name__} has no MLP with up_proj and "
+                "down_proj\n  fix: leave base.mlp_tile_tokens out"
+            )
+        self._tiled = [TiledMlp(mlp, tokens) for mlp in mlps]
 
     @property
     def hidden_size(self) -> int:
@@ -65,7 +94,7 @@ class AdaptedModel(nn.Module):
         """Whether `logits` can be asked for."""
         return self.model.get_output_embeddings() is not None
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, factors: LoraFactors | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, factors: FactorSource | None = None) -> Tensor:
         """States after the final norm; the head is not run.
 
         Args:
@@ -76,38 +105,107 @@ class AdaptedModel(nn.Module):
         Returns:
             (B, T, D) in the model's dtype.
         """
-        backbone = self.model.base_model if self.has_head else self.model
-        with self._attached(factors):
-            arguments = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-            return backbone(input_ids=input_ids, attention_mask=attention_mask, **arguments).last_hidden_state
+        return self._states(factors, None, input_ids=input_ids, attention_mask=attention_mask)
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, factors: LoraFactors | None = None) -> Tensor:
+    def packed_hidden_states(
+        self, input_ids: Tensor, segments: Segments, factors: FactorSource | None = None
+    ) -> Tensor:
+        """States of texts laid end to end, without padding; each attends to itself alone.
+
+        Args:
+            input_ids: (T,) int64.
+            segments: one per text.
+            factors: E == number of texts, or E == 1, or None.
+
+        Returns:
+            (T, D) in the model's dtype.
+
+        Raises:
+            BaseModelError: the model is an encoder, which takes padded batches.
+        """
+        if not self.has_head:
+            raise BaseModelError(
+                f"{type(self.model).__name__} takes padded batches only\n  fix: set training.packed = false"
+            )
+        sizes = [rows.stop - rows.start for rows in segments.slices()]
+        positions = torch.cat([torch.arange(size, device=input_ids.device) for size in sizes])
+        by_condition = Segments.equal(1, len(positions)) if factors is None or factors.conditions == 1 else segments
+        return self._states(
+            factors, by_condition, input_ids=input_ids[None], position_ids=positions[None], attention_mask=None
+        )[0]
+
+    def _states(self, factors: FactorSource | None, segments: Segments | None, **inputs: Any) -> Tensor:
+        backbone = self.model.base_model if self.has_head else self.model
+        if hasattr(self.model.config, "use_cache"):
+            inputs["use_cache"] = False
+        with self._adapted(factors, segments):
+            return backbone(**inputs).last_hidden_state
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, factors: FactorSource | None = None) -> Tensor:
         """(B, T, V) next-token scores of a causal model; arguments as `hidden_states`."""
         if not self.has_head:
             raise BaseModelError(f"{type(self.model).__name__} has no language-model head, so it has no logits")
-        with self._attached(factors):
+        with self._adapted(factors, None):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     @contextmanager
-    def _attached(self, factors: LoraFactors | None) -> Iterator[None]:
-        """Hand each slot its factors.
-
-        They stay attached until the next call: checkpointed blocks run again in backward and must see them.
-        """
-        self.detach_factors()
-        if factors is not None:
-            for slot in factors.slots:
-                self.linears[slot.path].factors = (factors.a[slot.path], factors.b[slot.path], factors.scale)
+    def _adapted(self, factors: FactorSource | None, segments: Segments | None) -> Iterator[None]:
+        """Hand each slot its factors for one forward pass; recomputed blocks keep what they need of them."""
+        for block in self._blocks:
+            block.source, block.segments = factors, segments
+        inside = {slot.path for block in self._blocks for slot in block.slots}
+        slots = [] if factors is None else [slot for slot in factors.slots if slot.path not in inside]
         try:
-            yield
+            if factors is None or not slots:
+                yield
+            else:
+                layers = [self.linears[slot.path] for slot in slots]
+                with attached(layers, factors.build(slots, factors.inputs(slots)), factors.scale, segments):
+                    yield
         finally:
-            if not torch.is_grad_enabled():
-                self.detach_factors()
+            for block in self._blocks:
+                block.source = block.segments = None
 
-    def detach_factors(self) -> None:
-        """Forget attached factors, and with them the graph they hang on."""
-        for module in self.linears.values():
-            module.factors = None
+    def gather_shared_inputs(self) -> None:
+        """Before ZeRO-3 takes the base over: layers that are computed together are gathered together.
+
+        Ranks run different numbers of tiles, so what a tile needs must be gathered before, once for all of them.
+        """
+        for mlp in self._tiled:
+            gather_with(mlp.module, mlp.layers)
+        for shared in self.shared_inputs:
+            gather_with(shared.layers[0], shared.layers[1:])
+
+    def checksums(self) -> dict[str, int]:
+        """Path -> CRC-32 of each frozen layer's bytes, as this rank holds them."""
+        return {path: layer.checksum() for path, layer in self.linears.items()}
+
+    def verify(self, expected: dict[str, int]) -> None:
+        """Compare with earlier `checksums`.
+
+        Raises:
+            BaseModelError: names the layers whose frozen bytes are no longer what they were.
+        """
+        changed = [path for path, checksum in self.checksums().items() if expected[path] != checksum]
+        if changed:
+            raise BaseModelError(
+                f"the frozen weights of {len(changed)} layers have changed since they were loaded: "
+                f"{', '.join(changed[:3])}\n  fix: what was trained on them is void; load the base anew, and look for "
+                "code that writes to it, or for faulty memory"
+            )
+
+
+def _share_inputs(linears: dict[str, AdaptableLinear]) -> list[SharedInput]:
+    groups = []
+    for path, layer in linears.items():
+        parent, _, name = path.rpartition(".")
+        for names in SHARED_INPUTS:
+            paths = [f"{parent}.{other}" for other in names]
+            if name == names[0] and all(other in linears for other in paths):
+                members = [linears[other] for other in paths]
+                if all(member.in_features == layer.in_features for member in members):
+                    groups.append(SharedInput(members))
+    return groups
 
 
 def find_slots(linears: dict[str, AdaptableLinear], lora: LoraConfig) -> tuple[Slot, ...]:

@@ -19,6 +19,15 @@ from torch import Tensor, nn
 from hl_scale.base.adapted import AdaptedModel, BaseModelError
 from hl_scale.base.packages import package_directory
 from hl_scale.base.quantized_linear import AdaptableLinear, FrozenLinear, QuantizedLinear
+from hl_scale.base.random_weights import (
+    byte_tokenizer,
+    draw_quantized,
+    draw_weight,
+    is_random,
+    parse_name,
+    quantized_outline,
+    random_config,
+)
 from hl_scale.config import BaseModelConfig, LoraConfig
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -33,14 +42,15 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
         device: where tensors end up.
 
     Returns:
-        A frozen `AdaptedModel` in `base.compute_dtype`, in evaluation mode unless blocks are checkpointed.
+        A frozen `AdaptedModel` in `base.compute_dtype`, in evaluation mode.
 
     Raises:
         BaseModelError: no such model, no safetensors weights, missing tensors, or slots that do not exist.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoTokenizer
 
+    if is_random(base.model):
+        return _load_random(base, lora, device)
     directory = resolve_model(base)
     trust: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
     if base.trust_remote_code:
@@ -54,29 +64,124 @@ def load_base(base: BaseModelConfig, lora: LoraConfig, device: torch.device | st
             f"{directory} does not hold a usable model configuration and tokenizer: {reason}\n"
             "  fix: it needs config.json and the tokenizer files next to the .safetensors weights"
         ) from None
-    model_class = _model_class(base, config)
     dtype = getattr(torch, base.compute_dtype)
     multimodal = hasattr(config, "text_config")
-    config = getattr(config, "text_config", config)
-    with init_empty_weights(include_buffers=False):
-        model = model_class.from_config(config, dtype=dtype, **trust)
+    model = empty_model(base, config)
     digests = {}
     for name, tensor in stream_tensors(directory, model):
         digests[name] = _digest(tensor)
         _place(model, name, tensor.to(device), dtype, base)
     for name, buffer in model.named_buffers():  # computed from the configuration: scales, rotary frequencies
         digests[name] = _digest(buffer.detach().cpu())
-    fingerprint = _fingerprint(base, config, tokenizer, digests)
+    fingerprint = _fingerprint(base, model.config, tokenizer, digests)
     if tokenizer.pad_token is None:  # padding is masked everywhere, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     model.tie_weights()
     _replace_linears(model, base)
     _check_complete(model, directory)
-    _freeze(model, base)
+    _freeze(model)
     model.to(device)
-    adapted = AdaptedModel(model, tokenizer, lora, fingerprint)
+    adapted = AdaptedModel(model, tokenizer, lora, fingerprint, base)
     adapted.from_multimodal = multimodal
     return adapted
+
+
+def _load_random(base: BaseModelConfig, lora: LoraConfig, device: torch.device | str) -> AdaptedModel:
+    """A base of random weights, each tensor drawn and quantised in its turn; see `random_weights`."""
+    _, seed = parse_name(base.model)
+    config, tokenizer = random_config(base.model), byte_tokenizer()
+    model = empty_model(base, config)
+    dtype = getattr(torch, base.compute_dtype)
+    for name, parameter in list(model.named_parameters()):
+        parent, attribute = _parent(model, name)
+        key = name.removeprefix(f"{model.base_model_prefix}.")  # the same weights with a head and without
+        if base.quantization == "nf4" and attribute == "weight" and _is_quantizable(model, parent):
+            shape = (parameter.shape[0], parameter.shape[1])
+            layer = QuantizedLinear(*draw_quantized(key, shape, seed, base.double_quantization))
+            _swap(model, name.removesuffix(".weight"), layer.to(device))
+        else:
+            _place(model, name, draw_weight(key, tuple(parameter.shape), seed, dtype).to(device), dtype, base)
+    _freeze(model)
+    model.to(device)
+    # Weights follow from shape and seed, so these stand for them.
+    fingerprint = _fingerprint(base, config, tokenizer, {"random weights, version 1, seed": str(seed)})
+    return AdaptedModel(model, tokenizer, lora, fingerprint, base)
+
+
+def outline_base(base: BaseModelConfig, lora: LoraConfig) -> AdaptedModel:
+    """The base without its weights: every tensor is on the meta device and has the size it would have; for planning.
+
+    It reads config.json alone, from the model's directory or from the hub, and has no tokenizer.
+
+    Raises:
+        BaseModelError: there is no configuration to be had, or slots do not exist.
+    """
+    model = empty_model(base, model_config(base))
+    dtype = getattr(torch, base.compute_dtype)
+    for path, module in list(model.named_modules()):
+        if not _is_quantizable(model, module):
+            continue
+        if base.quantization == "none":
+            _swap(model, path, FrozenLinear(module.weight.to(dtype), module.bias))
+            continue
+        shape = (module.out_features, module.in_features)
+        packed, constants = quantized_outline(shape, base.double_quantization)
+        _swap(model, path, QuantizedLinear(packed, constants, module.bias))
+    if hasattr(model, "pooler"):
+        setattr(model, "pooler", None)  # noqa: B010
+    _freeze(model)
+    model.to("meta")
+    model.tie_weights()
+    return AdaptedModel(model, None, lora, "outline", base)
+
+
+def model_config(base: BaseModelConfig) -> Any:
+    """The transformers configuration of a base, without its weights.
+
+    Raises:
+        BaseModelError: it is neither in a local directory nor on a hub that can be reached.
+    """
+    from transformers import AutoConfig
+
+    if is_random(base.model):
+        return random_config(base.model)
+    directory = local_directory(base)
+    if directory is not None and base.trust_remote_code:
+        _refuse_foreign_code(directory)
+    try:
+        if directory is None:  # code is run from a directory alone, where it was looked at
+            return AutoConfig.from_pretrained(base.model, revision=base.revision)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"the configuration of base.model = {base.model!r} cannot be read: {str(error).splitlines()[0][:200]}\n"
+            "  fix: check the name and the network, or give a directory that holds its config.json (weights are not "
+            "needed for this)"
+        ) from None
+
+
+def local_directory(base: BaseModelConfig) -> Path | None:
+    """Where the files of a base are, if that is this machine; nothing is fetched from the hub.
+
+    Raises:
+        BaseModelError: a path that is no directory, or a package that is not installed.
+    """
+    if is_random(base.model):
+        return None
+    is_local = Path(base.model).is_dir() or base.model.startswith(("package:", ".", "/", "~"))
+    return resolve_model(base) if is_local else None
+
+
+def empty_model(base: BaseModelConfig, config: Any) -> Any:
+    """The language model of a configuration with parameters on the meta device; buffers are computed."""
+    from accelerate import init_empty_weights
+
+    model_class = _model_class(base, config)
+    config = getattr(config, "text_config", config)
+    with init_empty_weights(include_buffers=False):
+        return model_class.from_config(
+            config, dtype=getattr(torch, base.compute_dtype), trust_remote_code=base.trust_remote_code
+        )
 
 
 def adapt_model(
@@ -88,8 +193,8 @@ def adapt_model(
     for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    _freeze(model, base)
-    return AdaptedModel(model, tokenizer, lora, fingerprint)
+    _freeze(model)
+    return AdaptedModel(model, tokenizer, lora, fingerprint, base)
 
 
 def _refuse_foreign_code(directory: Path) -> None:
@@ -131,6 +236,11 @@ def resolve_model(base: BaseModelConfig) -> Path:
     Raises:
         BaseModelError: none of these can be had; says what was tried.
     """
+    if is_random(base.model):
+        parse_name(base.model)
+        raise BaseModelError(
+            f"base.model = {base.model!r} has random weights and no files\n  fix: name a real model for this"
+        )
     if base.model.startswith("package:"):
         return package_directory(base.model.removeprefix("package:"), Path(base.cache_directory))
     local = Path(base.model)
@@ -266,8 +376,8 @@ def _check_complete(model: nn.Module, directory: Path) -> None:
         setattr(model, "pooler", None)  # noqa: B010
 
 
-def _freeze(model: Any, base: BaseModelConfig) -> None:
-    """No gradients for weights, no dropout; blocks are recomputed in backward when asked for."""
+def _freeze(model: Any) -> None:
+    """No gradients for weights, no dropout."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -276,6 +386,3 @@ def _freeze(model: Any, base: BaseModelConfig) -> None:
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     model.eval()
-    if base.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()

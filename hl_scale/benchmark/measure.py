@@ -48,15 +48,22 @@ class Row:
 
 
 def run_benchmark(
-    what: str, *, device: str = "cpu", threads: int | None = None, repeats: int = 5, long: bool = False
+    what: str,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    repeats: int = 5,
+    long: bool = False,
+    recipe: Path | None = None,
 ) -> int:
-    """Print the table of `what`, "sinkhorn" or "lora"; returns the number of rows whose check failed.
+    """Print the table of `what`, "sinkhorn", "lora" or "step"; returns the number of rows whose check failed.
 
     Args:
         device: "cpu" or "cuda".
         threads: of torch on the CPU; its own choice unless given.
         repeats: timed calls of each computation.
         long: also rows that take minutes.
+        recipe: configuration whose step is timed; of the demo unless given.
 
     Raises:
         ValueError: there is no such benchmark or device.
@@ -64,8 +71,14 @@ def run_benchmark(
     from hl_scale.benchmark.lora import lora_rows
     from hl_scale.benchmark.sinkhorn import sinkhorn_rows
 
-    if what not in ("sinkhorn", "lora") or device not in ("cpu", "cuda"):
-        raise ValueError(f"cannot time {what} on {device}: choose sinkhorn or lora, and --device cpu or cuda")
+    if what not in ("sinkhorn", "lora", "step") or device not in ("cpu", "cuda"):
+        raise ValueError(f"cannot time {what} on {device}: choose sinkhorn, lora or step, and --device cpu or cuda")
+    if what == "step":
+        if device != "cpu":
+            raise ValueError("step is timed on the CPU\n  fix: leave --device out")
+        from hl_scale.benchmark.step import run_step_benchmark  # needs the whole package, unlike the others
+
+        return run_step_benchmark(recipe, threads, repeats)
     if threads is not None:
         torch.set_num_threads(threads)
     print(describe_machine(device))

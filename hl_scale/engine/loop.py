@@ -27,6 +27,7 @@ from hl_scale.config import Config, ConfigError, TrainingConfig
 from hl_scale.data.corpus import Corpus, Pair, load_corpus
 from hl_scale.data.sampling import BatchPlan, GlobalSampler, plan_batches
 from hl_scale.engine import checkpoint, zero3
+from hl_scale.engine.memory import peak_bytes, return_large_blocks
 from hl_scale.engine.progress import Reporter, check_loggers
 from hl_scale.engine.run import check_run_directory, open_run_directory
 from hl_scale.engine.targets import TargetCache, tokenize
@@ -42,12 +43,14 @@ class TrainingAborted(ValueError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a call to `train` got to: steps done, last loss, whether it was interrupted, newest checkpoint."""
+    """Where a call to `train` got to: steps done, last loss, whether it was interrupted, newest checkpoint, and the
+    most bytes a rank has held (see `peak_bytes`)."""
 
     step: int
     loss: float
     interrupted: bool
     checkpoint: Path
+    peak_memory_bytes: int
 
 
 def train(
@@ -71,6 +74,8 @@ def train(
     world = zero3.join_world()
     plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world.size)
     objective = AlignmentObjective(config.objective)
+    if config.base.placement == "zero3":
+        return_large_blocks()
     with zero3.together(world):
         inputs = _load_inputs(config, world)
     _check_agreement(config, inputs, world)
@@ -83,7 +88,8 @@ def train(
 
     torch.manual_seed(config.run.seed)
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
-    module = TrainingModule(hypernetwork, base, objective, config.base.placement == "zero3").to(world.device)
+    partitioned, packed = config.base.placement == "zero3", config.training.packed
+    module = TrainingModule(hypernetwork, base, objective, partitioned, packed).to(world.device)
     full = checkpoint.read_full(found) if found is not None else {}
     if found is not None:
         checkpoint.load_weights(module, found, full)
@@ -96,9 +102,12 @@ def train(
         if world.is_main:
             reporter = _open_reporter(config, inputs)
     try:
-        return _Loop(config, world, plan, engine, inputs, targets).run(reporter, on_checkpoint, stop_at)
+        checksums = base.checksums()
+        result = _Loop(config, world, plan, engine, inputs, targets).run(reporter, on_checkpoint, stop_at)
+        with zero3.together(world):
+            base.verify(checksums)
+        return result
     finally:
-        base.detach_factors()
         if reporter is not None:
             reporter.close()
 
@@ -215,7 +224,8 @@ class _Loop:
                     if reporter is not None:
                         reporter.say(f"interrupted: saved step {step}; run the same command to go on")
                     break
-        return TrainingResult(step, metrics["loss"], self.interrupted, saved)
+        peak = zero3.reduce_max(peak_bytes(self.world.device), self.world)
+        return TrainingResult(step, metrics["loss"], self.interrupted, saved, int(peak))
 
     def save(self, step: int, loss: float) -> Path:
         """Commit a checkpoint after `step` optimizer steps; collective."""
@@ -266,6 +276,7 @@ class _Loop:
             "seconds": seconds,
             "skipped_steps": float(self.skipped_steps),
             "dead_unit_share": hypernetwork.dead_unit_share,
+            "peak_memory_bytes": zero3.reduce_max(peak_bytes(self.world.device), self.world),
         }
         if hypernetwork.trunk_gradient_norm is not None:
             metrics["trunk_gradient_norm"] = hypernetwork.trunk_gradient_norm
@@ -326,8 +337,8 @@ def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int, mi
             `minimum_tokens`, so that none is left to align.
     """
     limit = min(maximum_tokens, base.context_length)
-    dialect = [len(ids) for ids in base.tokenizer([pair.dialect for pair in pairs])["input_ids"]]
-    standard = [len(ids) for ids in base.tokenizer([pair.standard for pair in pairs])["input_ids"]]
+    dialect = _token_counts(base, [pair.dialect for pair in pairs])
+    standard = _token_counts(base, [pair.standard for pair in pairs])
     for pair, own, other in zip(pairs, dialect, standard, strict=True):
         if max(own, other) > limit:
             raise ConfigError(
@@ -342,6 +353,12 @@ def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int, mi
                 f"{pair.standard[:60]!r} / {pair.dialect[:60]!r}\n  fix: prepare again without empty sentences"
             )
     return dialect
+
+
+def _token_counts(base: AdaptedModel, texts: list[str]) -> list[int]:
+    """Tokens of each text; some texts at a time, for the encoding of one takes kilobytes."""
+    chunks = (texts[start : start + 512] for start in range(0, len(texts), 512))
+    return [len(ids) for chunk in chunks for ids in base.tokenizer(chunk)["input_ids"]]
 
 
 def corpus_fingerprint(corpus: Corpus) -> str:

@@ -23,6 +23,7 @@ from hl_scale.engine.zero3 import World
 from hl_scale.objectives.alignment import AlignmentObjective
 
 TEXTS_PER_CHUNK = 128
+TEXTS_PER_PASS = 16
 CLOUDS_IN_MEMORY = 4096
 
 
@@ -87,8 +88,8 @@ class TargetCache:
     def _write(self, texts: list[str], device: torch.device) -> None:
         clouds: dict[str, Tensor] = {}
         by_length = sorted(texts, key=len)
-        for start in range(0, len(texts), 16):
-            batch = by_length[start : start + 16]
+        for start in range(0, len(texts), TEXTS_PER_PASS):
+            batch = by_length[start : start + TEXTS_PER_PASS]
             clouds |= dict(zip(map(text_key, batch), self.clouds(batch, device), strict=True))
         name = hashlib.sha256("".join(sorted(clouds)).encode()).hexdigest()[:16]
         temporary = self.directory / f".{name}.{os.getpid()}"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hl_scale.base import AdaptedModel
 from hl_scale.hypernetwork import Hypernetwork
+from hl_scale.kernels import Segments
+from hl_scale.lora import FactorSource
 from hl_scale.objectives.alignment import AlignmentObjective
 
 
@@ -46,17 +48,24 @@ class TrainingModule(nn.Module):
     """What the engine trains.
 
     With `partition_base` the base is a submodule, so ZeRO-3 partitions its packed bytes; otherwise each rank keeps it
-    whole and outside the engine. The hypernetwork is registered first: the engine takes its type from the first
-    parameter, which must be a floating one.
+    whole and outside the engine. With `packed` the base sees sentences end to end, without padding. The hypernetwork is
+    registered first: the engine takes its type from the first parameter, which must be a floating one.
     """
 
     def __init__(
-        self, hypernetwork: Hypernetwork, base: AdaptedModel, objective: AlignmentObjective, partition_base: bool
+        self,
+        hypernetwork: Hypernetwork,
+        base: AdaptedModel,
+        objective: AlignmentObjective,
+        partition_base: bool,
+        packed: bool = False,
     ) -> None:
         super().__init__()
         self.hypernetwork = hypernetwork
         self.objective = objective
+        self.packed = packed
         if partition_base:
+            base.gather_shared_inputs()
             self.partitioned_base = base
         self._base = (base,)  # a tuple keeps the module unregistered
 
@@ -72,11 +81,22 @@ class TrainingModule(nn.Module):
         factors = self.hypernetwork(batch.conditions)
         if factors.conditions != 1 and not _is_identity(batch.condition_index, factors.conditions):
             factors = factors.select(batch.condition_index)
-        hidden = self.base.hidden_states(batch.input_ids, batch.attention_mask, factors)
+        hidden = (
+            self._packed_states(batch, factors)
+            if self.packed
+            else self.base.hidden_states(batch.input_ids, batch.attention_mask, factors)
+        )
         if not (_is_finite(hidden) and _is_finite(batch.target)):
             return hidden.float().sum() * math.nan
         loss, _ = self.objective(hidden, batch.attention_mask, batch.target, batch.target_mask, batch.target_self)
         return loss if _is_finite(loss) else loss * math.nan
+
+    def _packed_states(self, batch: AlignmentBatch, factors: FactorSource) -> Tensor:
+        """(B, T, D) as from a padded batch, zero where there is padding, which the base never sees."""
+        mask = batch.attention_mask.bool()
+        ends = mask.sum(1).cumsum(0).tolist()
+        states = self.base.packed_hidden_states(batch.input_ids[mask], Segments((0, *ends)), factors)
+        return states.new_zeros(*mask.shape, states.shape[1]).masked_scatter(mask[..., None], states)
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -119,6 +119,7 @@ def deepspeed_config(
         "reduce_bucket_size": zero3.reduce_bucket_size,
         "stage3_prefetch_bucket_size": zero3.prefetch_bucket_size,
         "stage3_param_persistence_threshold": zero3.parameter_persistence_threshold,
+        "stage3_max_reuse_distance": zero3.maximum_reuse_distance,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if zero3.offload == "cpu":
@@ -220,6 +221,13 @@ def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], updates:
                 safe_set_local_fp32_param(parameter, part)
             else:
                 safe_set_local_optimizer_state(parameter, part, kind)
+
+
+def reduce_max(value: float, world: World) -> float:
+    """Largest of a plain float over all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64).to(world.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
 
 
 def reduce_sum(values: list[float], world: World) -> list[float]:

@@ -58,17 +58,25 @@ class Hypernetwork(nn.Module):
                 "  fix: use vectors of the features the hypernetwork was trained with"
             )
 
-    def assemble(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> LoraFactors:
-        """Per group A (E, K, r * in) and B (E, K, out * r) to factors per slot."""
+    def assemble(
+        self,
+        a: dict[str, Tensor],
+        b: dict[str, Tensor],
+        slots: Sequence[Slot] | None = None,
+        groups: dict[str, list[int]] | None = None,
+    ) -> LoraFactors:
+        """Per group A (E, K, r * in) and B (E, K, out * r) to factors per slot; of all slots unless some are given."""
+        slots = self.slots if slots is None else tuple(slots)
         factors_a, factors_b = {}, {}
-        for group, indices in self.groups.items():
+        for group, indices in (self.groups if groups is None else groups).items():
             in_features, out_features = self.shape_of(group)
-            group_a = a[group].unflatten(-1, (self.rank, in_features))
-            group_b = b[group].unflatten(-1, (out_features, self.rank))
+            # Not indexed slot by slot: each index would be a tensor of the whole group's size in backward.
+            group_a = a[group].unflatten(-1, (self.rank, in_features)).unbind(1)
+            group_b = b[group].unflatten(-1, (out_features, self.rank)).unbind(1)
             for position, index in enumerate(indices):
-                factors_a[self.slots[index].path] = group_a[:, position]
-                factors_b[self.slots[index].path] = group_b[:, position]
-        return LoraFactors(self.slots, factors_a, factors_b, self.scale)
+                factors_a[slots[index].path] = group_a[position]
+                factors_b[slots[index].path] = group_b[position]
+        return LoraFactors(slots, factors_a, factors_b, self.scale)
 
     def watch_trunk(self, hidden: Tensor) -> Tensor:
         """Record the share of trunk units that never fire and, in backward, the gradient norm at the trunk's output."""
@@ -105,9 +113,10 @@ class HyperLora(Hypernetwork):
             nn.init.zeros_(head_b.bias)
             self.heads_a[group], self.heads_b[group] = head_a, head_b
         self.head_input_scale = 1.0 / math.sqrt(config.hidden_width)
+        self.generate_per_block = config.generate_per_block
 
-    def forward(self, conditions: Tensor) -> LoraFactors:
-        """conditions (E, C) -> factors of all slots for E conditions."""
+    def forward(self, conditions: Tensor) -> LoraFactors | GeneratedFactors:
+        """conditions (E, C) -> factors of all slots for E conditions, or with `generate_per_block` their source."""
         self.check_conditions(conditions)
         dtype = self.condition.weight.dtype
         device = conditions.device
@@ -118,11 +127,56 @@ class HyperLora(Hypernetwork):
         for layer in self.trunk:
             hidden = torch.relu(layer(hidden))
         hidden = self.watch_trunk(hidden) * self.head_input_scale
+        return GeneratedFactors(self, hidden) if self.generate_per_block else self.generate(self.slots, hidden)
+
+    def generate(self, slots: Sequence[Slot], hidden: Tensor) -> LoraFactors:
+        """Trunk outputs (E, K, width) of some slots -> their factors, by one call of each head they need."""
+        groups: dict[str, list[int]] = {}
+        for position, slot in enumerate(slots):
+            groups.setdefault(f"{slot.in_features}x{slot.out_features}", []).append(position)
         a, b = {}, {}
-        for group, indices in self.groups.items():
-            rows = hidden[:, indices]
+        for group, positions in groups.items():
+            rows = hidden[:, positions]
             a[group], b[group] = self.heads_a[group](rows), self.heads_b[group](rows)
-        return self.assemble(a, b)
+        return self.assemble(a, b, slots, groups)
+
+
+class GeneratedFactors:
+    """A `FactorSource` that generates the factors of a block's slots where the block runs.
+
+    Args:
+        hypernetwork: whose heads are called.
+        hidden: trunk outputs (E, K, width) of all its slots.
+    """
+
+    def __init__(self, hypernetwork: HyperLora, hidden: Tensor) -> None:
+        self.hypernetwork, self.hidden = hypernetwork, hidden
+        self._position = {slot.path: position for position, slot in enumerate(hypernetwork.slots)}
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return self.hypernetwork.slots
+
+    @property
+    def scale(self) -> float:
+        return self.hypernetwork.scale
+
+    @property
+    def conditions(self) -> int:
+        """E."""
+        return self.hidden.shape[0]
+
+    def select(self, index: Tensor) -> GeneratedFactors:
+        """Of several conditions by an index tensor (repeats allowed)."""
+        return GeneratedFactors(self.hypernetwork, self.hidden.index_select(0, index.to(self.hidden.device)))
+
+    def inputs(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """See `FactorSource`: the trunk outputs (E, K, width) of these slots."""
+        return [self.hidden[:, [self._position[slot.path] for slot in slots]]]
+
+    def build(self, slots: Sequence[Slot], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        factors = self.hypernetwork.generate(slots, inputs[0])
+        return [(factors.a[slot.path], factors.b[slot.path]) for slot in slots]
 
 
 class _PublishedNet(nn.Module):

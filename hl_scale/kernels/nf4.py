@@ -11,8 +11,10 @@ codes of the constants are the nearest ones here; bitsandbytes' CPU build misses
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from hl_scale.kernels.available import has_triton
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
+PIECE_BYTES = 1 << 18
+"""Packed bytes that are dequantised at a time on CPUs; a multiple of a block."""
 
 # Quantiles of N(0, 1) scaled to [-1, 1], asymmetric so that 0 is exact: QLoRA, appendix E.
 NF4_CODE = (
@@ -94,12 +98,26 @@ def quantize_nf4(weight: Tensor, double_quantization: bool = True) -> tuple[Tens
     return packed, BlockConstants(shape, codes, nested_absmax, offset)
 
 
-def dequantize_nf4(packed: Tensor, constants: BlockConstants, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_nf4(
+    packed: Tensor,
+    constants: BlockConstants,
+    dtype: torch.dtype = torch.float32,
+    *,
+    update: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Weights from packed bytes: (out * in / 2,) uint8 -> (out, in) of `dtype`, rounded once from float32.
+
+    Args:
+        packed: (out * in / 2,) uint8.
+        constants: of the weight.
+        dtype: of the result.
+        update: A (r, in), B (out, r) and s of an adapter, to return W + s B A.
+        out: (out, in) contiguous tensor of `dtype` to write into.
 
     Raises:
         ValueError: `packed` is not uint8 or does not have out * in / 2 elements (for example because the parameter is
-            partitioned and was not gathered).
+            partitioned and was not gathered), or it and its constants are on different devices.
     """
     out_features, in_features = constants.shape
     if packed.dtype != torch.uint8 or 2 * packed.numel() != out_features * in_features:
@@ -107,21 +125,66 @@ def dequantize_nf4(packed: Tensor, constants: BlockConstants, dtype: torch.dtype
             f"packed NF4 weight of shape {constants.shape} needs {out_features * in_features // 2} uint8 values, "
             f"got {packed.numel()} of {packed.dtype}; under ZeRO-3 the parameter must be gathered first"
         )
+    if packed.device != constants.absmax.device:
+        raise ValueError(f"packed bytes are on {packed.device}, their constants on {constants.absmax.device}")
+    flat = packed.reshape(-1)
     if packed.is_cuda and dtype != torch.float64 and has_triton():
-        from hl_scale.kernels.nf4_triton import dequantize_triton
+        from hl_scale.kernels.nf4_triton import dequantize_triton, merge_triton
 
-        nested, offset = constants.nested_absmax, constants.offset
+        out = torch.empty(constants.shape, dtype=dtype, device=packed.device) if out is None else out
+        stored = flat, constants.absmax, constants.nested_absmax, constants.offset
         tables = _code(packed.device), dynamic_map(packed.device)
-        out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
-        return dequantize_triton(packed.reshape(-1), constants.absmax, nested, offset, *tables, out)
-    # One lookup per byte: both 4-byte floats of a byte are read as one 8-byte element.
-    pairs = torch.index_select(_pair_table(packed.device), 0, packed.reshape(-1).int()).view(torch.float32)
-    absmax = block_absmax(constants)
-    full = pairs.numel() // BLOCK_SIZE * BLOCK_SIZE
-    pairs[:full].view(-1, BLOCK_SIZE).mul_(absmax[: full // BLOCK_SIZE, None])
-    if full < pairs.numel():
-        pairs[full:].mul_(absmax[-1])
-    return pairs.view(out_features, in_features).to(dtype)
+        if update is None:
+            return dequantize_triton(*stored, *tables, out)
+        a, b, scale = update
+        return merge_triton(*stored, *tables, a, b, scale, out)
+    if update is not None:
+        wide = torch.empty(constants.shape, device=packed.device)
+        a, b, scale = update
+        _dequantize_pieces(flat, block_absmax(constants), wide)
+        wide.addmm_(b.float(), a.float(), alpha=scale)
+        return wide.to(dtype) if out is None else out.copy_(wide)
+    out = torch.empty(constants.shape, dtype=dtype, device=packed.device) if out is None else out
+    return _dequantize_pieces(flat, block_absmax(constants), out)
+
+
+def _dequantize_pieces(packed: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
+    """Write weights into `out`, a piece that stays in cache at a time; one lookup per byte.
+
+    A byte's two 4-byte floats are looked up as one 8-byte element.
+    """
+    table, flat = _pair_table(packed.device), out.view(-1)
+    piece = PIECE_BYTES if packed.device.type == "cpu" else max(packed.numel(), 1)
+    scratch = torch.empty(0 if out.dtype == torch.float32 else min(2 * piece, flat.numel()), device=packed.device)
+    for start in range(0, packed.numel(), piece):
+        index = packed[start : start + piece].int()
+        target = flat[2 * start : 2 * (start + len(index))]
+        codes = target if out.dtype == torch.float32 else scratch[: len(target)]
+        torch.index_select(table, 0, index, out=codes.view(torch.float64))
+        constants = absmax[2 * start // BLOCK_SIZE :]
+        full = len(codes) // BLOCK_SIZE * BLOCK_SIZE
+        scale = constants[: full // BLOCK_SIZE, None]
+        torch.mul(codes[:full].view(-1, BLOCK_SIZE), scale, out=target[:full].view(-1, BLOCK_SIZE))
+        if full < len(codes):
+            torch.mul(codes[full:], constants[full // BLOCK_SIZE], out=target[full:])
+    return out
+
+
+def workspace(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A tensor to dequantise into that each thread uses again and again on CPUs, where fresh memory costs more than the
+    dequantisation itself; None on other devices, whose allocator keeps freed memory. Its content lasts until the next
+    call with the same dtype in the same thread.
+    """
+    if device.type != "cpu":
+        return None
+    held: dict[Any, Tensor] = _workspaces.__dict__
+    numel = shape[0] * shape[1]
+    if dtype not in held or held[dtype].numel() < numel:
+        held[dtype] = torch.empty(numel, dtype=dtype)
+    return held[dtype][:numel].view(shape)
+
+
+_workspaces = threading.local()
 
 
 def block_absmax(constants: BlockConstants) -> Tensor:

@@ -82,10 +82,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def load() -> Callable[..., AdaptedModel]:
-    """load(directory, kind="llama", rank=4, **base options) -> that model, in float32 unless said otherwise."""
+    """load(directory, kind="llama", rank=4, target_modules=None, **base options) -> that model.
 
-    def load(directory: Path, kind: str = "llama", rank: int = 4, **options: Any) -> AdaptedModel:
+    In float32 unless said otherwise; slots are queries and values unless given.
+    """
+
+    def load(
+        directory: Path,
+        kind: str = "llama",
+        rank: int = 4,
+        target_modules: tuple[str, ...] | None = None,
+        **options: Any,
+    ) -> AdaptedModel:
         base = BaseModelConfig.model_validate({"model": str(directory), "compute_dtype": "float32"} | options)
-        return load_base(base, LoraConfig(rank=rank, target_modules=TARGETS[kind]))
+        return load_base(base, LoraConfig(rank=rank, target_modules=target_modules or TARGETS[kind]))
 
     return load

@@ -72,7 +72,7 @@ def test_an_evaluation_leaves_no_adapter_behind(saved: Saved, load: Load) -> Non
     base = load(saved("llama"))
     bare = base.logits(*batch())
     base.logits(*batch(), factors(base, 3))
-    assert all(module.factors is None for module in base.linears.values())
+    assert all(module.adapter is None for module in base.linears.values())
     assert torch.equal(base.logits(*batch()), bare)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hl_scale.benchmark import measure, sinkhorn
+from hl_scale.benchmark import lora, measure, sinkhorn
 from hl_scale.benchmark.measure import Row, measured, print_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,10 +73,12 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
 
 def test_rows_of_each_kind_pass_their_check_at_small_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(8, 64), torch.randn(2, 3, 64), torch.randn(2, 9, 3)]
     rows = [
         sinkhorn._ragged_row(generator, 5, 2, 9, 8, "cpu"),
         *sinkhorn._long_rows(generator, 600, 16, torch.float32, "cpu"),
         sinkhorn._huge_row(generator, 700, 8, 2_000_000),
+        *(lora._Case(torch.randn(9, 64), leaves, torch.tensor(bounds)).row() for bounds in ([0, 4, 8], [0, 1, 8])),
     ]
     assert all([print_row(row, "cpu", 1) for row in rows])
     assert capsys.readouterr().out.count("| geomloss") >= 2
@@ -88,11 +90,15 @@ def test_torch_alone_is_enough() -> None:
         f"for name in {FOREIGN!r}: sys.modules[name] = None\n"
         "import torch\nfrom hl_scale.benchmark import lora, measure, sinkhorn\n"
         "generator = torch.Generator().manual_seed(0)\n"
-        "sys.exit(not measure.print_row(sinkhorn._ragged_row(generator, 3, 2, 5, 4, 'cpu'), 'cpu', 1))"
+        "leaves = [torch.randn(6, 64), torch.randn(2, 3, 64), torch.randn(2, 8, 3)]\n"
+        "layer = lora._Case(torch.randn(8, 64), leaves, torch.tensor([0, 2, 6]))\n"
+        "rows = [sinkhorn._ragged_row(generator, 3, 2, 5, 4, 'cpu'), layer.row()]\n"
+        "sys.exit(not all([measure.print_row(row, 'cpu', 1) for row in rows]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "ours" in done.stdout and "geomloss" not in done.stdout
+    assert done.stdout.count("| ours |") == 2 and "geomloss" not in done.stdout
+    assert "copied per token" in done.stdout and "bitsandbytes" not in done.stdout
 
 
 def test_an_unknown_benchmark_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +109,7 @@ def test_an_unknown_benchmark_is_refused_in_one_line(capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit) as stopped:
             main()
     assert stopped.value.code == 2
-    assert "choose sinkhorn or lora" in capsys.readouterr().err
+    assert "choose sinkhorn, lora or step" in capsys.readouterr().err
 
 
 def test_the_machine_is_described_with_versions() -> None:

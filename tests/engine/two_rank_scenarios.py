@@ -1,6 +1,7 @@
 """Run several trainings one after the other in each of two ranks (starting takes longer than training).
 
-Arguments: a JSON file with a list of {name, config, stop_at, fault}, and a directory for the answers, rank-<n>.json.
+Arguments: a JSON file with a list of {name, config, stop_at, fault, gradients}, and a directory for the answers,
+rank-<n>.json. With `gradients` those of the first step are written to <name>-gradients.safetensors.
 Faults act on rank 1 alone: `poisoned_targets` makes its targets NaN from step 4 on, `damaged_corpus` lets it read
 another corpus folder, `other_settings` gives it another learning rate, `full_disk` fails its first checkpoint write.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from safetensors.torch import save_file
 
 from hl_scale.config import load_config
 from hl_scale.engine import checkpoint, loop, targets, zero3
@@ -69,12 +72,31 @@ def digest(engine) -> str:
     return total.hexdigest()
 
 
-def run(scenario: dict) -> dict:
+def keep_gradients(engine, path: Path) -> None:
+    """Write the reduced gradients of the engine's first backward pass, gathered, to `path`."""
+    from deepspeed.utils import safe_get_full_grad
+
+    backward = engine.backward
+
+    def recorded(loss):
+        backward(loss)
+        engine.backward = backward
+        named = zero3.trainable_parameters(engine.module).items()
+        gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in named}
+        if RANK == 0:
+            save_file(gradients, path)
+
+    engine.backward = recorded
+
+
+def run(scenario: dict, out: Path) -> dict:
     seen: dict = {"engine": None, "chunks": []}
     build, write, step = zero3.build_engine, targets.TargetCache._write, loop._Loop.step
 
     def build_engine(*arguments):
         seen["engine"] = build(*arguments)
+        if scenario.get("gradients"):
+            keep_gradients(seen["engine"], out / f"{scenario['name']}-gradients.safetensors")
         return seen["engine"]
 
     def write_chunk(self, texts, device):
@@ -112,7 +134,7 @@ def run(scenario: dict) -> dict:
                 str(parameter.ds_tensor.dtype),
             ]
             for name, parameter in engine.module.named_parameters()
-            if name.endswith(".packed")
+            if name.rpartition(".")[2].startswith("packed")
         }
         engine.destroy()
     return answer
@@ -121,7 +143,7 @@ def run(scenario: dict) -> dict:
 def main() -> None:
     targets.TEXTS_PER_CHUNK = 5
     scenarios, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
-    answers = {scenario["name"]: run(scenario) for scenario in scenarios}
+    answers = {scenario["name"]: run(scenario, out) for scenario in scenarios}
     (out / f"rank-{RANK}.json").write_text(json.dumps(answers))
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hl_scale.kernels import dequantize_nf4, generated_lora_linear, generated_lora_linear_reference, quantize_nf4
+from hl_scale.kernels import (
+    Projection,
+    Segments,
+    dequantize_nf4,
+    generated_lora_linear,
+    generated_lora_linear_reference,
+    generated_lora_linears,
+    quantize_nf4,
+)
 
 IN, OUT, SCALE = 7, 5, 0.7
 
@@ -59,6 +69,62 @@ def test_packed_segments_equal_the_definition_empty_ones_and_single_tokens_inclu
     assert_same_values_and_gradients(y, expected, [x, a, b])
 
 
+@pytest.mark.parametrize("lengths", [(3, 2, 4), (0, 5, 0), (9,), (0, 0, 0), (2, 2)])
+@pytest.mark.parametrize("leading", [(), (1,)])
+def test_merging_adapters_into_the_weight_changes_nothing_but_the_order_of_sums(
+    lengths: tuple[int, ...], leading: tuple[int, ...]
+) -> None:
+    x, weight, a, b, bias = operands(len(lengths), 2, *leading, sum(lengths))
+    segments = Segments.of(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]))
+    rows = x.reshape(-1, IN)
+    offsets = torch.tensor(segments.bounds)
+    expected = generated_lora_linear_reference(rows, weight, a, b, SCALE, bias, offsets).view(*x.shape[:-1], OUT)
+    y = generated_lora_linear(x, weight, a, b, SCALE, bias=bias, offsets=segments, apply="merged")
+    assert_same_values_and_gradients(y, expected, [x, a, b])
+
+
+@pytest.mark.parametrize("apply", ["lowrank", "merged"])
+@pytest.mark.parametrize("offsets", [None, (0, 2, 2, 7)])
+def test_layers_that_share_an_input_equal_each_alone_whatever_their_ranks_and_whether_adapted(
+    offsets: tuple[int, ...] | None, apply: Any
+) -> None:
+    bounds = None if offsets is None else torch.tensor(offsets)
+    x = draw(3, 4, IN).requires_grad_() if offsets is None else draw(7, IN).requires_grad_()
+    weights = [draw(outputs, IN, seed=outputs) for outputs in (5, 3, 8)]
+    a, b = draw(3, 2, IN, seed=1).requires_grad_(), draw(3, 5, 2, seed=2).requires_grad_()
+    wide_a, wide_b = draw(3, 4, IN, seed=3).requires_grad_(), draw(3, 8, 4, seed=4).requires_grad_()
+    together = [
+        Projection(weights[0], a, b, SCALE),
+        Projection(weights[1], bias=draw(3)),
+        Projection(weights[2], wide_a, wide_b, 2.0),
+    ]
+    found = generated_lora_linears(x, together, offsets=bounds, apply=apply)
+    expected = [
+        generated_lora_linear_reference(x, weights[0], a, b, SCALE, offsets=bounds),
+        torch.nn.functional.linear(x, weights[1], draw(3)),
+        generated_lora_linear_reference(x, weights[2], wide_a, wide_b, 2.0, offsets=bounds),
+    ]
+    leaves = [x, a, b, wide_a, wide_b]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for used in ((0, 1, 2), (1,), (0, 2), (2,)):  # outputs that nothing depends on get no gradient
+        sums = [sum((ys[i] * draw(*ys[i].shape, seed=9)).sum() for i in used) for ys in (found, expected)]
+        gradients = [torch.autograd.grad(s, leaves, retain_graph=True, allow_unused=True) for s in sums]
+        for gradient, reference in zip(*gradients, strict=True):
+            wanted = torch.zeros((), dtype=torch.float64) if reference is None else reference
+            torch.testing.assert_close(gradient, wanted.expand_as(gradient), rtol=1e-12, atol=1e-12)
+
+
+def test_merged_weights_are_rounded_once() -> None:
+    source = CountingSource(64, 32)
+    a, b = draw(1, 2, 32, dtype=torch.float32), draw(1, 64, 2, dtype=torch.float32)
+    exact = source(torch.float32).double() + SCALE * b[0].double() @ a[0].double()
+    merged = source(torch.bfloat16, (a[0].bfloat16(), b[0].bfloat16(), SCALE)).double()
+    inputs = source(torch.float32).double() + SCALE * b[0].bfloat16().double() @ a[0].bfloat16().double()
+    assert ((merged - inputs).abs() <= 2**-8 * inputs.abs() + 1e-7).all()
+    assert ((source(torch.float32, (a[0], b[0], SCALE)).double() - exact).abs() < 1e-6).all()
+
+
 def test_without_factors_it_is_a_frozen_linear_layer() -> None:
     x, weight, _, _, bias = operands(1, 1, 3, 4)
     expected = torch.nn.functional.linear(x, weight, bias)
@@ -89,9 +155,9 @@ class CountingSource:
         self.packed, self.constants = quantize_nf4(draw(out_features, in_features, dtype=torch.float32))
         self.reads = 0
 
-    def __call__(self, dtype: torch.dtype) -> Tensor:
+    def __call__(self, dtype: torch.dtype, update: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
         self.reads += 1
-        return dequantize_nf4(self.packed, self.constants, dtype)
+        return dequantize_nf4(self.packed, self.constants, dtype, update=update)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -126,7 +192,10 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_backward(packed: bool) ->
     assert saved and max(saved) <= max(x.numel(), a.numel(), b.numel()) < 64 * 32
 
 
-def test_checkpointing_gives_identical_gradients_and_reads_the_weight_once_more() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("apply", ["lowrank", "merged"])
+def test_checkpointing_gives_identical_gradients_and_reads_the_weight_once_more(reentrant: bool, apply: Any) -> None:
+    each = 2 if apply == "merged" else 1  # a merged weight is read for every segment
     inputs = [draw(2, 3, 32, dtype=torch.float32), draw(2, 4, 32, seed=1, dtype=torch.float32)]
     inputs.append(draw(2, 64, 4, seed=2, dtype=torch.float32))
     results = []
@@ -135,13 +204,13 @@ def test_checkpointing_gives_identical_gradients_and_reads_the_weight_once_more(
         x, a, b = (value.clone().requires_grad_() for value in inputs)
 
         def layer(x: Tensor, a: Tensor, b: Tensor, source: CountingSource = source) -> Tensor:
-            return torch.tanh(generated_lora_linear(x, source, a, b, SCALE))
+            return torch.tanh(generated_lora_linear(x, source, a, b, SCALE, apply=apply))
 
-        y = checkpoint(layer, x, a, b, use_reentrant=False) if recompute else layer(x, a, b)
+        y = checkpoint(layer, x, a, b, use_reentrant=reentrant) if recompute else layer(x, a, b)
         assert isinstance(y, Tensor)
         y.square().sum().backward()
         results.append((y, x.grad, a.grad, b.grad))
-        assert source.reads == 2 + recompute
+        assert source.reads == (2 + recompute) * each
     for plain, recomputed in zip(*results, strict=True):
         assert plain is not None and torch.equal(plain, recomputed)
 
@@ -155,11 +224,11 @@ def test_checkpointing_gives_identical_gradients_and_reads_the_weight_once_more(
         (((2, 4, 7), (2, 2, 7), (2, 5, 3)), None, "equal E and r"),
         (((2, 4, 7), (2, 2, 7), (3, 5, 2)), None, "equal E and r"),
         (((2, 4, 7), (2, 7), (5, 2)), None, "equal E and r"),
-        (((6, 7), (2, 2, 7), (2, 5, 2)), [0, 6], "must rise from 0 to T=6"),
-        (((6, 7), (2, 2, 7), (2, 5, 2)), [0, 4, 5], "must rise from 0 to T=6"),
-        (((6, 7), (2, 2, 7), (2, 5, 2)), [1, 4, 6], "must rise from 0 to T=6"),
-        (((6, 7), (3, 2, 7), (3, 5, 2)), [0, 4, 3, 6], "must rise from 0 to T=6"),
-        (((6, 7), (2, 2, 7), (2, 5, 2)), [], "must rise from 0 to T=6"),
+        (((6, 7), (2, 2, 7), (2, 5, 2)), [0, 6], "must rise from 0"),
+        (((6, 7), (2, 2, 7), (2, 5, 2)), [0, 4, 5], "must rise from 0"),
+        (((6, 7), (2, 2, 7), (2, 5, 2)), [1, 4, 6], "must rise from 0"),
+        (((6, 7), (3, 2, 7), (3, 5, 2)), [0, 4, 3, 6], "must rise from 0"),
+        (((6, 7), (2, 2, 7), (2, 5, 2)), [], "must rise from 0"),
         (((2, 3, 7), (2, 2, 7), (2, 5, 2)), [0, 1, 2], "must rise from 0"),
     ],
 )
@@ -172,6 +241,41 @@ def test_operands_that_do_not_fit_are_refused_before_the_weight_is_read(
     with pytest.raises(ValueError, match=message):
         generated_lora_linear(x, source, a, b, offsets=bounds)
     assert source.reads == 0
+
+
+@pytest.mark.parametrize(
+    ("projections", "offsets", "message"),
+    [
+        ([Projection(torch.zeros(5, 6))], None, r"weight \(out, in\) of shape \(5, 6\) does not fit x \(2, 4, 7\)"),
+        ([Projection(torch.zeros(4, 7), torch.zeros(2, 2, 7), torch.zeros(2, 5, 2))], None, r"and B \(2, 5, 2\)"),
+        ([Projection(torch.zeros(5, 7, device="meta"))], None, "x is on cpu, the weight on meta"),
+        (
+            [
+                Projection(torch.zeros(5, 7), torch.zeros(2, 2, 7), torch.zeros(2, 5, 2)),
+                Projection(torch.zeros(5, 7), torch.zeros(1, 2, 7), torch.zeros(1, 5, 2)),
+            ],
+            None,
+            r"factors for \[1, 2\] conditions",
+        ),
+        (
+            [Projection(torch.zeros(5, 7), torch.zeros(2, 2, 7), torch.zeros(2, 5, 2, device="meta"))],
+            None,
+            "on cpu/cpu/meta",
+        ),
+        ([Projection(torch.zeros(5, 7), torch.zeros(2, 2, 7), torch.zeros(2, 5, 2))], [0.0, 4.0, 8.0], "integers"),
+    ],
+)
+def test_layers_that_do_not_fit_each_other_are_refused(
+    projections: list[Projection], offsets: list[float] | None, message: str
+) -> None:
+    bounds = None if offsets is None else torch.tensor(offsets)
+    with pytest.raises(ValueError, match=message):
+        generated_lora_linears(torch.zeros(2, 4, 7), projections, offsets=bounds)
+
+
+def test_an_unknown_way_to_apply_an_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match="not 'fused'"):
+        generated_lora_linear(torch.zeros(2, 7), torch.zeros(5, 7), apply="fused")  # type: ignore[arg-type]
 
 
 def test_mixed_dtypes_and_half_an_adapter_are_refused() -> None:

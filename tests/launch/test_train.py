@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,10 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
 @pytest.fixture
 def launched_here(single_process, monkeypatch, write_yaml, tmp_path, capsys):
-    """launched_here(config, *overrides) -> exit status and stderr of the script's main function, in this process."""
+    """launched_here(config, *overrides) -> exit status and stderr of the script's main function, in this process.
+
+    `launched_here.output` is the last call's stdout.
+    """
     specification = importlib.util.spec_from_file_location("launch_train", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -28,9 +33,20 @@ def launched_here(single_process, monkeypatch, write_yaml, tmp_path, capsys):
         path = write_yaml(config, tmp_path / "config.yaml")
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), *overrides])
         status = module.main()
-        return status, capsys.readouterr().err
+        captured = capsys.readouterr()
+        run.output = captured.out
+        return status, captured.err
 
     return run
+
+
+def test_training_ends_with_the_memory_it_took_and_the_memory_planned(launched_here, tiny_config, tmp_path):
+    status, _ = launched_here(tiny_config(tmp_path / "run", {"training.steps": 1}))
+    assert status == 0
+    said = re.search(r"^peak memory per rank: ([\d.]+) GB \(planned ([\d.]+) GB\)$", launched_here.output, re.M)
+    assert said and float(said[1]) > 0.1 and float(said[2]) > 0.1
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["peak_memory_bytes"] / 1e9 <= float(said[1]) + 0.05  # saving may take more than the step
 
 
 def long_pair(rows):
