@@ -191,9 +191,11 @@ def block_absmax(constants: BlockConstants) -> Tensor:
     """(blocks,) float32 block constants, undoing double quantisation."""
     if constants.nested_absmax is None or constants.offset is None:
         return constants.absmax
-    values = dynamic_map(constants.absmax.device)[constants.absmax.to(torch.int64)]
-    scale = constants.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: values.numel()]
-    return values * scale + constants.offset
+    values = torch.index_select(dynamic_map(constants.absmax.device), 0, constants.absmax.int())
+    full = len(values) // NESTED_BLOCK_SIZE * NESTED_BLOCK_SIZE
+    values[:full].view(-1, NESTED_BLOCK_SIZE).mul_(constants.nested_absmax[: full // NESTED_BLOCK_SIZE, None])
+    values[full:].mul_(constants.nested_absmax[-1])
+    return values.add_(constants.offset)
 
 
 @cache

@@ -67,10 +67,12 @@ def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory):
     ]
     (root / "scenarios.json").write_text(json.dumps(scenarios))
     script = Path(__file__).with_name("two_rank_scenarios.py")
+    buffers = set(Path("/dev/shm").glob("deepspeed_*"))
     done = launch(script, str(root / "scenarios.json"), str(root))
+    left = sorted(set(Path("/dev/shm").glob("deepspeed_*")) - buffers)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-14000:]
     answers = [json.loads((root / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    return SimpleNamespace(root=root, answers=answers)
+    return SimpleNamespace(root=root, answers=answers, buffers=left)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,10 @@ def one_rank_losses(single_process, tiny_config, losses_of, tmp_path_factory):
 
 def close(losses, expected):
     return losses == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_ranks_leave_no_buffer_in_shared_memory(ranks):
+    assert ranks.buffers == []
 
 
 def test_two_ranks_give_the_losses_of_one_rank(single_process, deepspeed_run, losses_of, one_rank_losses):
