@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hl_scale.config import Config, ConfigError, TrainingConfig
 from hl_scale.data.corpus import Corpus, Pair, load_corpus
 from hl_scale.data.sampling import BatchPlan, GlobalSampler, plan_batches
 from hl_scale.engine import checkpoint, zero3
+from hl_scale.engine.interruption import stop_on_signal
 from hl_scale.engine.memory import peak_bytes, return_large_blocks
 from hl_scale.engine.progress import Reporter, check_loggers
 from hl_scale.engine.run import check_run_directory, open_run_directory
@@ -208,7 +208,7 @@ class _Loop:
         metrics = {"loss": found.loss if found is not None else math.nan}
         step = found.step if found is not None else 0
         end = min(training.steps, stop_at) if stop_at is not None else training.steps
-        with _stop_on_signal() as stop_requested:
+        with stop_on_signal() as stop_requested:
             while step < end:
                 metrics = self.step(step, stop_requested)
                 step += 1
@@ -379,28 +379,6 @@ def _check_origin(found: checkpoint.Checkpoint, inputs: _Inputs) -> None:
 def _report_targets(done: int, total: int) -> None:
     if done % 4 == 0:
         print(f"computing frozen targets: {done}/{total} chunks", flush=True)
-
-
-class _stop_on_signal:
-    """While active, the first SIGINT or SIGTERM asks the loop to save and stop; a second one acts as usual."""
-
-    def __enter__(self) -> Callable[[], bool]:
-        self._asked = False
-        self._previous: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: a cluster worker, which is stopped by its controller
-                break
-        return lambda: self._asked
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
-        signal.signal(number, self._previous[number])
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def limit_threads(processes_per_host: int) -> None:
