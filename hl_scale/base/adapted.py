@@ -56,7 +56,7 @@ class AdaptedModel(nn.Module):
         for layer in self.linears.values():
             layer.apply_as = lora.apply
         self.shared_inputs = _share_inputs(self.linears)
-        self._tiled: list[TiledMlp] = []
+        self.tiled_mlps: list[TiledMlp] = []
         if base is not None and base.mlp_tile_tokens is not None:
             self._tile_mlps(base.mlp_tile_tokens)
         self._blocks: list[RecomputedBlock] = []
@@ -73,7 +73,7 @@ class AdaptedModel(nn.Module):
                 f"base.mlp_tile_tokens = {tokens}, but {type(self.model).__name__} has no MLP with up_proj and "
                 "down_proj\n  fix: leave base.mlp_tile_tokens out"
             )
-        self._tiled = [TiledMlp(mlp, tokens) for mlp in mlps]
+        self.tiled_mlps = [TiledMlp(mlp, tokens) for mlp in mlps]
 
     @property
     def hidden_size(self) -> int:
@@ -129,10 +129,29 @@ class AdaptedModel(nn.Module):
             )
         sizes = [rows.stop - rows.start for rows in segments.slices()]
         positions = torch.cat([torch.arange(size, device=input_ids.device) for size in sizes])
-        by_condition = Segments.equal(1, len(positions)) if factors is None or factors.conditions == 1 else segments
+        by_condition = None if factors is None or factors.conditions == 1 else segments
         return self._states(
             factors, by_condition, input_ids=input_ids[None], position_ids=positions[None], attention_mask=None
         )[0]
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Compare two short texts laid end to end with each alone.
+
+        Raises:
+            BaseModelError: their states differ, because this model does not keep texts apart by their positions.
+        """
+        device = next(self.model.parameters()).device
+        ids = torch.arange(2, 11, device=device) % int(self.model.config.vocab_size)
+        packed = self.packed_hidden_states(ids, Segments((0, 4, len(ids))))
+        alone = [self.hidden_states(part[None], torch.ones_like(part[None]))[0] for part in (ids[:4], ids[4:])]
+        expected = torch.cat(alone)
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 3e-2
+        if (packed - expected).abs().max() > tolerance * expected.abs().max():
+            raise BaseModelError(
+                f"{type(self.model).__name__} does not keep texts that lie end to end apart\n"
+                "  fix: set training.packed = false"
+            )
 
     def _states(self, factors: FactorSource | None, segments: Segments | None, **inputs: Any) -> Tensor:
         backbone = self.model.base_model if self.has_head else self.model
@@ -171,7 +190,7 @@ class AdaptedModel(nn.Module):
 
         Ranks run different numbers of tiles, so what a tile needs must be gathered before, once for all of them.
         """
-        for mlp in self._tiled:
+        for mlp in self.tiled_mlps:
             gather_with(mlp.module, mlp.layers)
         for shared in self.shared_inputs:
             gather_with(shared.layers[0], shared.layers[1:])

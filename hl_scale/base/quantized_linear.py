@@ -141,7 +141,7 @@ class SharedInput:
     """Layers that read the same input, in the order of their calls.
 
     The first computes all and keeps the others' outputs for them. A layer that is called with another input than the
-    first had computes alone, and the group is given up.
+    first had computes alone, every time: a recomputed block must do again what it did.
     """
 
     def __init__(self, layers: Sequence[AdaptableLinear]) -> None:
@@ -158,18 +158,11 @@ class SharedInput:
             return outputs[0]
         same = self._input is not None and x.data_ptr() == self._input.data_ptr() and x.shape == self._input.shape
         if not same or id(layer) not in self._ready:
-            self.dissolve()
             return apply_together([layer], x)[0]
         y = self._ready.pop(id(layer))
         if not self._ready:
             self._input = None
         return y
-
-    def dissolve(self) -> None:
-        """Let every layer compute alone from now on."""
-        self.forget()
-        for layer in self.layers:
-            layer.shared = None
 
     def forget(self) -> None:
         """Drop outputs nobody came for."""
@@ -212,7 +205,7 @@ class QuantizedLinear(AdaptableLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self.constants = self.constants.to(self._frozen.device)
+        self.constants = self.constants.to(fn(self.constants.absmax).device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -229,7 +222,11 @@ class QuantizedLinear(AdaptableLinear):
         }
         expected = state_dict.pop(f"{prefix}checksum", None)
         if found["absmax"] is not None:
-            self.constants = BlockConstants(self.constants.shape, **found)
+            device = self._frozen.device
+            copies: dict[str, Any] = {
+                name: None if value is None else value.to(device, copy=True) for name, value in found.items()
+            }
+            self.constants = BlockConstants(self.constants.shape, **copies)
         else:  # new bytes with old constants would be another weight
             missing_keys: list[str] = args[2]
             missing_keys.append(f"{prefix}constants.absmax")
@@ -250,7 +247,7 @@ class FrozenLinear(AdaptableLinear):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        return self._frozen.detach().to(dtype)
+        return self._frozen.detach().to(dtype, copy=True)
 
     def weight_source(self, dtype: torch.dtype, update: Update | None = None) -> Tensor:
         return dense_source(self._frozen)(dtype, update)

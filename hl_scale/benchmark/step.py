@@ -130,6 +130,13 @@ class _Case:
     """The recipe's first batch, ours and the stock parts around one hypernetwork."""
 
     def __init__(self, config: Config) -> None:
+        if config.hypernetwork.kind != "hyperlora" or not config.base.double_quantization:
+            raise ValueError(
+                "the step is compared for hypernetwork.kind: hyperlora on a base with base.double_quantization: true\n"
+                "  fix: take such a recipe, for example the demo's"
+            )
+        whole = config.hypernetwork.model_copy(update={"generate_per_block": False})
+        config = config.model_copy(update={"hypernetwork": whole})
         self.base = load_base(config.base, config.lora)
         pairs = first_batch(config, self.base)
         objective = AlignmentObjective(config.objective)
@@ -298,8 +305,11 @@ class StockModel(nn.Module):
         )
         self.layers: dict[str, StockLinear] = {}
         for path, layer in base.linears.items():
-            if not isinstance(layer, QuantizedLinear):
-                raise ValueError("the step is compared in 4 bits\n  fix: take a recipe with base.quantization: nf4")
+            if not isinstance(layer, QuantizedLinear) or layer.bias is not None:
+                raise ValueError(
+                    f"the step is compared on 4-bit layers without bias, which {path} is not\n"
+                    "  fix: take a recipe with base.quantization: nf4 and a model without biases"
+                )
             parent, _, name = path.rpartition(".")
             stock = self.layers[path] = StockLinear(layer)
             setattr(loaded.get_submodule(parent), name, stock)

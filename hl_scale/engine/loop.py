@@ -130,6 +130,8 @@ def _load_inputs(config: Config, world: World) -> _Inputs:
     check_run_directory(config)
     corpus = load_corpus(config.data.directory)
     base = load_base(config.base, config.lora, world.device)
+    if training.packed:
+        base.check_packing()
     lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
     found, problems = checkpoint.newest(Path(config.run.directory) / "checkpoints")

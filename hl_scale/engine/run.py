@@ -27,7 +27,8 @@ _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geoml
 # the base, fingerprints in the checkpoint tell whether they are the same.
 _MAY_CHANGE = {"run.directory", "cluster", "evaluation", "training.save_every", "training.keep_checkpoints",
                "training.log_every", "training.loggers", "training.micro_batch_size", "base.cache_directory",
-               "base.placement", "base.gradient_checkpointing", "zero3", "data.num_workers",
+               "base.placement", "base.gradient_checkpointing", "base.offload_activations",
+               "base.mlp_tile_tokens", "hypernetwork.generate_per_block", "zero3", "data.num_workers",
                "data.directory", "base.model"}  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def load_run(
             f"now gives {base.fingerprint[:12]}\n"
             "  fix: restore the model revision or the quantisation settings of that run"
         )
-    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    whole = config.hypernetwork.model_copy(update={"generate_per_block": False})
+    hypernetwork = build_hypernetwork(whole, config.lora, base.slots, typology.NUM_FEATURES)
     weights = {
         name.removeprefix("hypernetwork."): kinds for name, kinds in checkpoint.read_full(found, ("master",)).items()
     }

@@ -76,8 +76,8 @@ def _unlink_shared_buffers() -> None:
     Every rank has mapped them once the group is up, and needs their names no longer; DeepSpeed never removes them.
     """
     dist.barrier()
-    suffix = f"_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_"
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*{glob.escape(suffix)}*"):
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_"
+    for path in Path("/dev/shm").glob(f"{glob.escape(name)}*"):
         path.unlink(missing_ok=True)
 
 

@@ -166,9 +166,10 @@ class GeneratedFactors:
         """E."""
         return self.hidden.shape[0]
 
-    def select(self, index: Tensor) -> GeneratedFactors:
-        """Of several conditions by an index tensor (repeats allowed)."""
-        return GeneratedFactors(self.hypernetwork, self.hidden.index_select(0, index.to(self.hidden.device)))
+    def select(self, index: int | Tensor) -> GeneratedFactors:
+        """Of one condition (E = 1), or of several by an index tensor (repeats allowed)."""
+        rows = torch.tensor([index]) if isinstance(index, int) else index
+        return GeneratedFactors(self.hypernetwork, self.hidden.index_select(0, rows.to(self.hidden.device)))
 
     def inputs(self, slots: Sequence[Slot]) -> list[Tensor]:
         """See `FactorSource`: the trunk outputs (E, K, width) of these slots."""

@@ -180,7 +180,8 @@ def workspace(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) 
     held: dict[Any, Tensor] = _workspaces.__dict__
     numel = shape[0] * shape[1]
     if dtype not in held or held[dtype].numel() < numel:
-        held[dtype] = torch.empty(numel, dtype=dtype)
+        with torch.inference_mode(False):  # or only inference could write to it later
+            held[dtype] = torch.empty(numel, dtype=dtype)
     return held[dtype][:numel].view(shape)
 
 

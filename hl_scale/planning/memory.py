@@ -367,6 +367,11 @@ class _Model:
             return 0
         together = [_bytes(layer.get_parameter("packed") for layer in shared.layers) for shared in self._shared]
         alone = [_bytes([packed]) for packed in self.packed]
+        if self.config.base.mlp_tile_tokens is not None:  # all tiles of an MLP share one gathering
+            together += [
+                _bytes(layer.packed for layer in mlp.layers if isinstance(layer, QuantizedLinear))
+                for mlp in self.base.tiled_mlps
+            ]
         now = max([*together, *alone], default=0) if self.partitioned else 0
         ahead = self.config.zero3.prefetch_bucket_size if self.partitioned and self._passes > 1 else 0
         return self.copies * now + min(ahead, _bytes(self.packed)) + self._reused

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hl_scale.base import AdaptedModel
 from hl_scale.base.quantized_linear import QuantizedLinear, SharedInput, apply_together
+from hl_scale.base.recompute import RecomputedBlock
 from hl_scale.kernels import Segments
 from hl_scale.lora import LoraFactors
 
@@ -149,14 +150,53 @@ def two_layers() -> tuple[QuantizedLinear, QuantizedLinear]:
     return one, other
 
 
-def test_a_layer_called_with_another_input_computes_alone_from_then_on() -> None:
+def test_a_layer_called_with_another_input_computes_alone() -> None:
     one, other = two_layers()
     x, y = torch.randn(3, 64), torch.randn(3, 64)
     expected = other(y), one(x)
-    shared = SharedInput([one, other])
-    assert torch.equal(one(x), expected[1])
-    assert torch.equal(other(y), expected[0])
-    assert one.shared is None and other.shared is None and shared._ready == {}
+    SharedInput([one, other])
+    for _ in range(2):
+        assert torch.equal(one(x), expected[1])
+        assert torch.equal(other(y), expected[0])
+
+
+def test_a_recomputed_block_whose_layers_read_different_inputs_has_the_gradients_of_a_plain_one() -> None:
+    class Cross(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = two_layers()
+            SharedInput([self.q, self.k])
+
+        def forward(self, hidden: Tensor, other: Tensor) -> Tensor:
+            return self.q(hidden).sin() * self.k(other).cos()
+
+    gradients = []
+    for recompute in (False, True):
+        block = Cross()
+        if recompute:
+            RecomputedBlock(block, [], [], offload=False)
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        block(x, 2 * x).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0] is not None and torch.equal(*gradients)
+
+
+def test_a_layer_used_in_inference_mode_can_be_trained_on_afterwards() -> None:
+    layer = QuantizedLinear.from_dense(torch.randn(70, 6400), None)  # larger than any other here: a new workspace
+    with torch.inference_mode():
+        layer(torch.randn(2, 6400))
+    layer(torch.randn(2, 6400, requires_grad=True)).sum().backward()
+
+
+def test_models_that_do_not_keep_packed_texts_apart_are_refused(
+    saved: Saved, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(saved("llama"))
+    base.check_packing()
+    forward = base.model.model.forward
+    monkeypatch.setattr(base.model.model, "forward", lambda **inputs: forward(**{**inputs, "position_ids": None}))
+    with pytest.raises(ValueError, match=r"end to end apart\n  fix: set training\.packed = false"):
+        base.check_packing()
 
 
 def test_outputs_wait_for_one_call_each() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hl_scale.config import load_config
 from hl_scale.engine import checkpoint
 from hl_scale.engine.loop import train
+from hl_scale.engine.run import load_run
 
 TOLERANCE = 1e-5  # relative; float32 sums in another order
 GRADIENT_TOLERANCE = 2e-4  # of the norm of each parameter's gradient: float32 states through two blocks
@@ -126,6 +127,12 @@ def test_gradients_to_the_hypernetwork_equal_the_float64_reference(name, ranks, 
         ours = found[f"hypernetwork.{key}"].double()
         assert torch.linalg.norm(ours - gradient) <= GRADIENT_TOLERANCE * torch.linalg.norm(gradient), key
     assert any(gradient.norm() > 0 for gradient in expected.values())
+
+
+def test_a_run_that_generated_per_block_is_opened_like_any_other(ranks):
+    run = load_run(ranks.root / "zero3_everything")
+    factors = run.hypernetwork(torch.zeros(2, run.hypernetwork.condition_size)).select(0)
+    assert (factors.conditions, factors.rank) == (1, run.config.lora.rank)
 
 
 def test_zero3_leaves_half_of_the_packed_bytes_on_each_rank(ranks):

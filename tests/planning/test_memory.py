@@ -191,3 +191,9 @@ def test_sizes_are_read_as_people_write_them(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(ValueError, match="fix: write it as 80GiB"):
         parse_size(text)
+
+
+def test_a_tiled_mlp_is_gathered_as_a_whole(config):
+    cut = {"base.placement": "zero3", "base.mlp_tile_tokens": 4, "training.steps": 1}
+    gathered = phases(plan_memory(config(cut), 2, device="cuda"))["forward"][GATHERED]
+    assert gathered == 3 * 64 * 96 // 2  # gate, up and down of one block
