@@ -68,6 +68,8 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/hl-scale bench sinkhorn
 	$(BIN)/hl-scale bench lora
+	$(BIN)/hl-scale prepare $(RECIPE)
+	$(BIN)/hl-scale bench step
 
 clean:
 	rm -rf $(VENV) .cache runs *.egg-info
