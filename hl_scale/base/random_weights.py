@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hl_scale.base.adapted import BaseModelError
 from hl_scale.kernels import BlockConstants, quantize_nf4
-from hl_scale.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, dynamic_map
+from hl_scale.kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, double_quantize
 
 PREFIX = "random:"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ def draw_quantized(
         packed[start // 2 : (start + len(levels)) // 2] = (codes[::2] << 4) | codes[1::2]
         maxima[start // BLOCK_SIZE : (start + len(levels)) // BLOCK_SIZE] = largest.to(torch.uint8)
     absmax = maxima.float().mul_(_step(name, shape))
-    return packed, _constants(shape, absmax) if double_quantization else BlockConstants(shape, absmax)
+    return packed, double_quantize(shape, absmax) if double_quantization else BlockConstants(shape, absmax)
 
 
 def quantized_outline(shape: tuple[int, int], double_quantization: bool) -> tuple[Tensor, BlockConstants]:
@@ -154,20 +154,6 @@ def _step(name: str, shape: tuple[int, ...]) -> float:
     """The power of two nearest to sqrt(3 / in) / 127; rows of embeddings have entries of size 1."""
     fan_in = 1 if "embed" in name else shape[-1]
     return 2.0 ** round(math.log2(math.sqrt(3.0 / fan_in) / _LARGEST))
-
-
-def _constants(shape: tuple[int, int], absmax: Tensor) -> BlockConstants:
-    """Double quantisation of (blocks,) float32 block maxima, see hl_scale.kernels.nf4."""
-    offset = absmax.mean()
-    rest = absmax - offset
-    nested = (
-        torch.nn.functional.pad(rest.abs(), (0, -len(rest) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE).amax(1)
-    )
-    inverse = (1.0 / nested.clamp(min=torch.finfo(torch.float32).tiny)).repeat_interleave(NESTED_BLOCK_SIZE)
-    dynamic = dynamic_map(absmax.device)
-    scaled = (rest * inverse[: len(rest)]).clamp_(-1, 1)
-    codes = torch.bucketize(scaled, (dynamic[1:] + dynamic[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return BlockConstants(shape, codes, nested, offset)
 
 
 @cache

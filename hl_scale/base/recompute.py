@@ -27,14 +27,15 @@ from hl_scale.lora import FactorSource, Slot
 def attached(
     layers: Sequence[AdaptableLinear], pairs: Sequence[tuple[Tensor, Tensor]], scale: float, segments: Segments | None
 ) -> Iterator[None]:
-    """Layers carry A and B (one pair each) inside the block, and nothing afterwards."""
+    """Layers carry A and B (one pair each) inside the block, and afterwards what they carried before."""
+    before = [(layer.adapter, layer.segments) for layer in layers]
     for layer, (a, b) in zip(layers, pairs, strict=True):
         layer.adapter, layer.segments = Attachment(a, b, scale), segments
     try:
         yield
     finally:
-        for layer in layers:
-            layer.adapter = layer.segments = None
+        for layer, (adapter, whole) in zip(layers, before, strict=True):
+            layer.adapter, layer.segments = adapter, whole
             if layer.shared is not None:
                 layer.shared.forget()
 
@@ -123,14 +124,8 @@ class _TileRun:
 
     def __call__(self, x: Tensor, rows: slice, factors: Sequence[Tensor]) -> Tensor:
         segments = None if self.segments is None else self.segments.cut(rows.start, rows.stop)
-        before = [(layer.adapter, layer.segments) for layer in self.layers]
-        pairs = list(zip(factors[::2], factors[1::2], strict=True))
-        try:
-            with attached(self.layers, pairs, self.scale, segments):
-                return self.mlp.forward(x)
-        finally:
-            for layer, (adapter, whole) in zip(self.layers, before, strict=True):
-                layer.adapter, layer.segments = adapter, whole
+        with attached(self.layers, list(zip(factors[::2], factors[1::2], strict=True)), self.scale, segments):
+            return self.mlp.forward(x)
 
 
 class _Tiles(torch.autograd.Function):

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hl_scale.engine.memory import peak_bytes, resident_bytes
+
 Computation = Callable[[], list[Tensor]]
 """Returns a value and gradients."""
 
@@ -171,7 +173,7 @@ def measured(computation: Computation, device: str) -> tuple[list[Tensor], float
     else:
         before = _reset_peak()
     result, elapsed = timed(computation, device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    peak = peak_bytes(torch.device(device))
     return result, elapsed, peak - before
 
 
@@ -185,12 +187,4 @@ def _reset_peak() -> float:
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
         return math.nan
-    return _status("VmRSS")
-
-
-def _status(key: str) -> float:
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.is_file() else ():
-        if line.startswith(key + ":"):
-            return float(line.split()[1]) * 1024
-    return math.nan
+    return float(resident_bytes())

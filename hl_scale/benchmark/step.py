@@ -210,24 +210,27 @@ class _Case:
                 torch.nn.functional.linear(x, weight)
                 dy @ weight
 
-    def gradients(self, step: Step) -> list[Tensor]:
-        """Loss and gradients of the hypernetwork."""
+    def _backward(self, step: Step) -> Tensor:
+        """Forward and backward; the loss."""
         self.optimizer.zero_grad()
         loss = step.loss(step.hidden(self.hypernetwork(self.batch.conditions)))
         loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in self.hypernetwork.parameters() if p.grad is not None)]
+        return loss.detach()
+
+    def gradients(self, step: Step) -> list[Tensor]:
+        """Loss and gradients of the hypernetwork."""
+        loss = self._backward(step)
+        return [loss, *(p.grad.clone() for p in self.hypernetwork.parameters() if p.grad is not None)]
 
     def step(self, step: Step) -> Tensor:
         """One training step; its loss."""
         if step.before is not None:
             with torch.no_grad():
                 step.before()
-        self.optimizer.zero_grad()
-        loss = step.loss(step.hidden(self.hypernetwork(self.batch.conditions)))
-        loss.backward()
+        loss = self._backward(step)
         nn.utils.clip_grad_norm_(self.hypernetwork.parameters(), 1.0)
         self.optimizer.step()
-        return loss.detach()
+        return loss
 
     def step_in_phases(self, step: Step) -> None:
         """The same step with its graph cut between phases, each timed."""

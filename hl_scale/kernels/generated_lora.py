@@ -140,9 +140,9 @@ class _AdaptedLinears(torch.autograd.Function):
         s = None
         if call.segments is not None:
             way = low_rank(call.segments, x)
-            stacked = [pair[0] for pair in pairs if pair is not None]
-            s = way.shrink(x, stacked[0] if len(stacked) == 1 else torch.cat(stacked, dim=1))
-            parts = iter(s.split([a.shape[1] for a in stacked], dim=way.rank_dim))
+            a, ranks = _stacked(pairs)
+            s = way.shrink(x, a)
+            parts = iter(s.split(ranks, dim=way.rank_dim))
         outputs = []
         for layer, pair in zip(call.layers, pairs, strict=True):
             if pair is None:
@@ -173,8 +173,8 @@ class _AdaptedLinears(torch.autograd.Function):
             grad_x = _sum_of_products(_terms(call, grads, x.dtype)) if want_x else None
             return grad_x, None
         way = low_rank(call.segments, x)
-        stacked = [pair[0] for pair in pairs if pair is not None]
-        parts = iter(s.split([a.shape[1] for a in stacked], dim=way.rank_dim))
+        a, ranks = _stacked(pairs)
+        parts = iter(s.split(ranks, dim=way.rank_dim))
         grad_parts, grad_bs = [], []
         for layer, pair, grad in zip(call.layers, pairs, grads, strict=True):
             if pair is None:
@@ -189,16 +189,21 @@ class _AdaptedLinears(torch.autograd.Function):
             grad_parts.append(grad_part)
             grad_bs.append(grad_b)
         grad_s = grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts, dim=way.rank_dim)
-        a = stacked[0] if len(stacked) == 1 else torch.cat(stacked, dim=1)
         grad_a = way.gradients(x, grad_s, None, 1.0)[0].mT
         grad_x = None
         if want_x and call.merged:
             grad_x = _merged_backward(call, pairs, grads, x)
         elif want_x:
             grad_x = way.combine(_terms(call, grads, x.dtype), grad_s, a.mT, 1.0)
-        grad_as = grad_a.split([a.shape[1] for a in stacked], dim=1)
+        grad_as = grad_a.split(ranks, dim=1)
         interleaved = [gradient for both in zip(grad_as, grad_bs, strict=True) for gradient in both]
         return grad_x, None, *interleaved
+
+
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, list[int]]:
+    """A of all adapted layers along the rank, and the rank of each."""
+    factors = [pair[0] for pair in pairs if pair is not None]
+    return factors[0] if len(factors) == 1 else torch.cat(factors, dim=1), [a.shape[1] for a in factors]
 
 
 def _terms(call: _Call, grads: Sequence[Tensor | None], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

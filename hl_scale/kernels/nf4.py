@@ -89,13 +89,16 @@ def quantize_nf4(weight: Tensor, double_quantization: bool = True) -> tuple[Tens
     index = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)
     packed = (index[::2] << 4) | index[1::2]
     shape = (weight.shape[0], weight.shape[1])
-    if not double_quantization:
-        return packed, BlockConstants(shape, absmax)
+    return packed, double_quantize(shape, absmax) if double_quantization else BlockConstants(shape, absmax)
+
+
+def double_quantize(shape: tuple[int, int], absmax: Tensor) -> BlockConstants:
+    """Constants of a weight (out, in) from its (blocks,) float32 largest magnitudes, stored in 8 bits."""
     offset = absmax.mean()
     scaled, nested_absmax = _scale_blocks(absmax - offset, NESTED_BLOCK_SIZE)
-    dynamic = dynamic_map(weight.device)
+    dynamic = dynamic_map(absmax.device)
     codes = torch.bucketize(scaled, (dynamic[1:] + dynamic[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return packed, BlockConstants(shape, codes, nested_absmax, offset)
+    return BlockConstants(shape, codes, nested_absmax, offset)
 
 
 def dequantize_nf4(

@@ -252,18 +252,15 @@ class _Model:
 
     def _loaded(self) -> dict[str, int]:
         """The base before ZeRO-3 takes it over: each rank holds all of it."""
-        packed = {id(p) for p in self.packed}
-        others = [p for p in self.base.parameters() if id(p) not in packed]
-        sizes = {PACKED: _bytes(self.packed), CONSTANTS: self._constants, OTHER: _bytes([*others, *self._buffers])}
-        return {PROCESS: self._process, **sizes}
+        other = _bytes([*self._others, *self._buffers])
+        return {PROCESS: self._process, PACKED: _bytes(self.packed), CONSTANTS: self._constants, OTHER: other}
 
     def _held(self) -> dict[str, int]:
         """What stays from step to step."""
         sizes = self._loaded()
         if self.partitioned:
-            packed = {id(p) for p in self.packed}
-            others = [p for p in self.base.parameters() if id(p) not in packed]
-            sizes |= {PACKED: self._partition(self.packed), OTHER: self._partition(others) + _bytes(self._buffers)}
+            other = self._partition(self._others) + _bytes(self._buffers)
+            sizes |= {PACKED: self._partition(self.packed), OTHER: other}
         later = self.config.training.steps > 1
         sentences = min(CLOUDS_IN_MEMORY, self.config.data.training_sentences)
         sentences = min(sentences, self.config.training.steps * self.config.training.global_batch_size)
@@ -316,6 +313,12 @@ class _Model:
     @cached_property
     def _process(self) -> int:
         return process_baseline(self.config.base) if self.on_cpu else 0
+
+    @cached_property
+    def _others(self) -> list[Tensor]:
+        """Parameters of the base that are not packed weights."""
+        packed = {id(p) for p in self.packed}
+        return [p for p in self.base.parameters() if id(p) not in packed]
 
     @cached_property
     def _buffers(self) -> list[Tensor]:
