@@ -231,12 +231,23 @@ class TrainingConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints whose step is a multiple of this are kept for good."""
+    save_in_background: bool = False
+    """Go on training while a checkpoint is written, at the cost of memory for a copy of it; it counts once all ranks
+    have written theirs, at the end of a later step."""
+    commit: Literal["rename", "manifest"] = "rename"
+    """What makes a checkpoint valid: `rename` of its directory, or, for object stores mounted as a file system, which
+    cannot rename directories, the `manifest` that is written last."""
+    hang_timeout_seconds: float | None = Field(default=1200.0, gt=0)
+    """A rank that makes no progress for this long writes the stacks of its threads and ends; null waits for ever. Must
+    be longer than the slowest step, checkpoint or chunk of frozen targets."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
     packed: bool = False
     """Lay the sentences of a micro-batch end to end instead of padding them to the longest (causal models)."""
     maximum_consecutive_skips: int = Field(default=5, ge=1)
-    """Non-finite steps in a row after which the run aborts with a diagnosis."""
+    """Non-finite steps in a row after which the run aborts; the pairs of each are written to the run directory."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Extra metric sinks besides metrics.jsonl; each must be installed."""
 
@@ -269,7 +280,12 @@ class ClusterConfig(Section):
     storage_path: str | None = None
     """Shared storage that every node can write; needed on more than one node."""
     maximum_failures: int = Field(default=3, ge=-1)
-    """Worker failures survived by resuming from the newest checkpoint; -1 for no bound."""
+    """Worker failures survived by resuming from the newest checkpoint; -1 for no bound. Nodes that announce that they
+    will go (preemption) do not count: a checkpoint is written when the announcement comes."""
+    start_timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long Ray waits for all workers of a group before it starts a smaller one, if `num_workers` is a range."""
+    resize_interval_seconds: float = Field(default=60.0, ge=0)
+    """If `num_workers` is a range: how often Ray looks for nodes that would make the group larger."""
 
 
 class EvaluationConfig(Section):

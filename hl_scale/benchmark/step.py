@@ -28,7 +28,7 @@ from hl_scale.conditions import typology
 from hl_scale.config import Config, load_config
 from hl_scale.data.corpus import Pair, load_corpus
 from hl_scale.data.sampling import GlobalSampler
-from hl_scale.engine.loop import token_lengths
+from hl_scale.engine.inputs import token_lengths
 from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
 from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork

@@ -12,6 +12,8 @@ from typing import Any
 
 from hl_scale.config import Config, ConfigError, parse_config
 
+_PREEMPTION_CHECK_SECONDS = 5.0
+
 
 def train_on_ray(config: Config) -> dict[str, Any]:
     """Run a training as a Ray Train job and wait for it.
@@ -35,6 +37,7 @@ def train_on_ray(config: Config) -> dict[str, Any]:
         _initialize_ray()
     try:
         cluster = config.cluster
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_seconds)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         if len(nodes) > 1 and cluster.storage_path is None:
             raise ConfigError(
@@ -48,10 +51,11 @@ def train_on_ray(config: Config) -> dict[str, Any]:
             _worker,  # type: ignore[arg-type]  # Ray's annotation predates return values
             train_loop_config=config.model_dump(mode="json"),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
                 num_workers=cluster.num_workers,  # type: ignore[arg-type]
                 use_gpu=cluster.use_gpu,
                 resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+                elastic_resize_monitor_interval_s=cluster.resize_interval_seconds,
             ),
             run_config=RunConfig(  # type: ignore[call-arg]
                 name=Path(config.run.directory).name + ".ray",
@@ -123,14 +127,14 @@ def _worker(tree: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
 
-    from hl_scale.engine.loop import train
+    from hl_scale.engine.loop import Hooks, train
 
     def report(step: int, directory: Path, metrics: dict[str, float]) -> None:
         ray.train.report({"step": step, "loss": metrics["loss"], "checkpoint": str(directory)})
 
     config = parse_config(tree)
     try:
-        result = train(config, on_checkpoint=report)
+        result = train(config, hooks=Hooks(on_step=_Preemption(), on_checkpoint=report))
     except (ValueError, OSError) as error:  # returned by all workers alike: raised, it would make Ray try again
         return {"error": str(error)}
     return {
@@ -139,3 +143,24 @@ def _worker(tree: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": str(result.checkpoint),
         "interrupted": result.interrupted,
     }
+
+
+class _Preemption:
+    """Asks for one checkpoint when Ray announces that a node will go.
+
+    Ray's question is a barrier: it is asked after the same steps everywhere, about as often as Ray itself looks.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._announced = False
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> bool:
+        import ray.train
+
+        self._seconds += metrics["seconds"]  # of the slowest rank, so the same on all
+        if self._seconds < _PREEMPTION_CHECK_SECONDS:
+            return False
+        self._seconds = 0.0
+        before, self._announced = self._announced, ray.train.get_preemption_info() is not None
+        return self._announced and not before

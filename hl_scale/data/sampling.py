@@ -15,28 +15,25 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one global batch is spread: `world_size` ranks x `accumulation` passes x `micro_batch` samples."""
+    """How one global batch is spread: over `world_size` ranks, each in `accumulation` passes of at most `micro_batch`
+    samples. Shares of ranks and passes differ by at most one sample; they can be empty."""
 
     world_size: int
     accumulation: int
     micro_batch: int
+    global_batch: int
+
+    def weight(self, samples: int) -> float:
+        """What the mean loss over a pass of so many samples is multiplied by, so that a plain mean over ranks and
+        passes is the mean over the global batch; 1 if all passes are equal."""
+        return samples * self.world_size * self.accumulation / self.global_batch
 
 
 def plan_batches(global_batch: int, largest_micro_batch: int, world_size: int) -> BatchPlan:
-    """The fewest accumulation passes that keep every micro-batch of equal size and within the bound.
-
-    Raises:
-        ValueError: the global batch cannot be divided evenly over the ranks.
-    """
-    if global_batch % world_size:
-        fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-        raise ValueError(
-            f"training.global_batch_size = {global_batch} cannot be shared evenly by {world_size} ranks\n"
-            f"  fix: run on one of {', '.join(map(str, fits))} ranks, or change the batch size (losses change with it)"
-        )
-    per_rank = global_batch // world_size
-    accumulation = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= largest_micro_batch)
-    return BatchPlan(world_size, accumulation, per_rank // accumulation)
+    """The fewest accumulation passes that keep every micro-batch within the bound, on any number of ranks."""
+    per_rank = -(-global_batch // world_size)
+    accumulation = -(-per_rank // largest_micro_batch)
+    return BatchPlan(world_size, accumulation, -(-per_rank // accumulation), global_batch)
 
 
 class GlobalSampler:
@@ -76,7 +73,7 @@ class GlobalSampler:
 
     def micro_batches(self, step: int, rank: int, plan: BatchPlan) -> list[np.ndarray]:
         """This rank's share of a global batch: every world_size-th sample, cut into `accumulation` pieces."""
-        return np.split(self.batch(step)[rank :: plan.world_size], plan.accumulation)
+        return np.array_split(self.batch(step)[rank :: plan.world_size], plan.accumulation)
 
     def _order(self, epoch: int) -> np.ndarray:
         """(batches_per_epoch, global_batch) sample numbers."""

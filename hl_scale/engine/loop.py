@@ -6,8 +6,7 @@ follows from the seed and the step number alone, so launchers and world sizes se
 
 from __future__ import annotations
 
-import hashlib
-import json
+import importlib.metadata
 import math
 import os
 import time
@@ -18,27 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from hl_scale.base import AdaptedModel, load_base
 from hl_scale.conditions import typology
-from hl_scale.config import Config, ConfigError, TrainingConfig
-from hl_scale.data.corpus import Corpus, Pair, load_corpus
-from hl_scale.data.sampling import BatchPlan, GlobalSampler, plan_batches
-from hl_scale.engine import checkpoint, zero3
+from hl_scale.config import Config, TrainingConfig
+from hl_scale.data.sampling import BatchPlan, plan_batches
+from hl_scale.engine import checkpoint, health, zero3
+from hl_scale.engine.checkpoint_writer import CheckpointWriter, Retention, restore_random_states
+from hl_scale.engine.health import TrainingAborted
+from hl_scale.engine.inputs import Inputs, check_agreement, find_checkpoint, load_inputs
 from hl_scale.engine.interruption import stop_on_signal
 from hl_scale.engine.memory import peak_bytes, return_large_blocks
 from hl_scale.engine.progress import Reporter, check_loggers
-from hl_scale.engine.run import check_run_directory, open_run_directory
+from hl_scale.engine.run import check_run_directory, open_run_directory, settings_fingerprint
+from hl_scale.engine.run_lock import check_shared, exclusive
 from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
+from hl_scale.engine.watchdog import Watchdog
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.objectives.alignment import AlignmentObjective
-
-
-class TrainingAborted(ValueError):
-    """Training stopped because its numbers were no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -53,134 +50,98 @@ class TrainingResult:
     peak_memory_bytes: int
 
 
-def train(
-    config: Config,
-    *,
-    on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None,
-    stop_at: int | None = None,
-) -> TrainingResult:
+@dataclass(frozen=True)
+class Hooks:
+    """What a launcher adds to the loop.
+
+    Attributes:
+        on_step: called on every rank after each step, with step and metrics; True asks for a checkpoint now, and must
+            be the same on all ranks.
+        on_checkpoint: called on every rank after a checkpoint is committed, with step, directory and last metrics.
+    """
+
+    on_step: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
+    on_checkpoint: Callable[[int, Path, dict[str, float]], None] = lambda step, directory, metrics: None
+
+
+def train(config: Config, *, hooks: Hooks | None = None, stop_at: int | None = None) -> TrainingResult:
     """Train to `config.training.steps`, resuming from the newest good checkpoint of the run directory.
 
     Args:
         config: the whole configuration.
-        on_checkpoint: called on every rank after a checkpoint is committed, with step, directory and last metrics.
+        hooks: of the launcher.
         stop_at: stop early after this step, as an interruption would (the schedule is unchanged).
 
     Raises:
         ConfigError: settings that cannot work, before anything is trained.
-        TrainingAborted: too many non-finite steps in a row.
+        TrainingAborted: too many non-finite steps in a row, nothing was learnt, or ranks that differ.
     """
     check_loggers(config.training.loggers)
     world = zero3.join_world()
-    plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world.size)
-    objective = AlignmentObjective(config.objective)
     if config.base.placement == "zero3":
         return_large_blocks()
     with zero3.together(world):
-        inputs = _load_inputs(config, world)
-    _check_agreement(config, inputs, world)
-    with zero3.together(world):
-        if world.is_main:
-            open_run_directory(config)
-    base, found = inputs.base, inputs.found
-    targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), base, objective)
-    targets.prepare([pair.standard for pair in inputs.pairs], world, _report_targets if world.is_main else None)
+        inputs = load_inputs(config, world)
+    check_agreement(config, inputs, world)
+    directory = Path(config.run.directory)
+    with exclusive(directory, world), Watchdog(config.training.hang_timeout_seconds, directory, world.rank) as watchdog:
+        check_shared(directory, world)
+        found, problems = find_checkpoint(config, inputs, world)
+        reporter = None
+        with zero3.together(world):
+            if world.is_main:
+                check_run_directory(config)  # again, for another run may have been there first
+                open_run_directory(config)
+                reporter = _open_reporter(config, found, problems)
+        try:
+            loop = _prepare(config, world, inputs, found, watchdog)
+            result = loop.run(reporter, hooks or Hooks(), stop_at)
+            with zero3.together(world):
+                inputs.base.verify(loop.checksums)
+            return result
+        finally:
+            if reporter is not None:
+                reporter.close()
 
+
+def _prepare(
+    config: Config, world: World, inputs: Inputs, found: checkpoint.Checkpoint | None, watchdog: Watchdog
+) -> _Loop:
+    """Frozen targets, hypernetwork and engine, at the checkpoint's state if there is one; collective."""
+    objective = AlignmentObjective(config.objective)
+    targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), inputs.base, objective)
+
+    def progress(done: int, total: int) -> None:
+        watchdog.beat(f"computing frozen targets: chunk {done + 1} of {total}")
+        if world.is_main and done % 4 == 0:
+            print(f"computing frozen targets: {done}/{total} chunks", flush=True)
+
+    targets.prepare([pair.standard for pair in inputs.pairs], world, progress)
+    watchdog.beat("building the engine")
     torch.manual_seed(config.run.seed)
-    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, inputs.base.slots, typology.NUM_FEATURES)
     partitioned, packed = config.base.placement == "zero3", config.training.packed
-    module = TrainingModule(hypernetwork, base, objective, partitioned, packed).to(world.device)
-    full = checkpoint.read_full(found) if found is not None else {}
+    module = TrainingModule(hypernetwork, inputs.base, objective, partitioned, packed).to(world.device)
+    zero3.gather_at_once(mlp.module for mlp in inputs.base.tiled_mlps)
     if found is not None:
-        checkpoint.load_weights(module, found, full)
+        checkpoint.load_weights(module, found)
+    plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world.size)
     engine = zero3.build_engine(module, config.base, config.training, config.zero3, plan)
     if found is not None:
-        zero3.restore_partitions(engine, full, found.step - found.skipped_steps, world)
-    del full
-    reporter = None
-    with zero3.together(world):
-        if world.is_main:
-            reporter = _open_reporter(config, inputs)
-    try:
-        checksums = base.checksums()
-        result = _Loop(config, world, plan, engine, inputs, targets).run(reporter, on_checkpoint, stop_at)
-        with zero3.together(world):
-            base.verify(checksums)
-        return result
-    finally:
-        if reporter is not None:
-            reporter.close()
+        with checkpoint.Shards(found) as shards:
+            zero3.restore_partitions(engine, shards.read, found.step - found.skipped_steps, world)
+            states = shards.random_states(world.rank) if found.manifest.world_size == world.size else {}
+        if states:
+            restore_random_states(states)
+    return _Loop(config, world, plan, engine, inputs, targets, found, watchdog)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What training reads: base, pairs and their order, the checkpoint to go on from, and what was passed over."""
-
-    base: AdaptedModel
-    pairs: list[Pair]
-    sampler: GlobalSampler
-    data_fingerprint: str
-    found: checkpoint.Checkpoint | None
-    problems: list[str]
-
-
-def _load_inputs(config: Config, world: World) -> _Inputs:
-    """Read and check everything, writing nothing; raises ValueErrors that say what to mend."""
-    training = config.training
-    check_run_directory(config)
-    corpus = load_corpus(config.data.directory)
-    base = load_base(config.base, config.lora, world.device)
-    if training.packed:
-        base.check_packing()
-    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
-    sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
-    found, problems = checkpoint.newest(Path(config.run.directory) / "checkpoints")
-    if found is None and problems:
-        listed = "\n  ".join(problems)
-        raise checkpoint.CheckpointError(
-            f"no checkpoint of {config.run.directory} can be used:\n  {listed}\n"
-            "  fix: restore one of them, or choose another run.directory to start over; nothing was changed"
-        )
-    inputs = _Inputs(base, corpus.train, sampler, corpus_fingerprint(corpus), found, problems)
-    if found is not None:
-        _check_origin(found, inputs)
-    return inputs
-
-
-def _check_agreement(config: Config, inputs: _Inputs, world: World) -> None:
-    """Ranks on several nodes read their own files and variables: all must have found the same; collective.
-
-    Raises:
-        ConfigError: on every rank, naming a rank that differs and in what.
-    """
-    paths = {"run", "cluster"}  # where things are may differ between nodes
-    tree = {name: section for name, section in config.model_dump(mode="json").items() if name not in paths}
-    for section, key in (("data", "directory"), ("base", "model"), ("base", "cache_directory")):
-        tree[section].pop(key)
-    facts = {
-        "configuration": hashlib.sha256(json.dumps([tree, config.run.seed], sort_keys=True).encode()).hexdigest(),
-        "base model": inputs.base.fingerprint,
-        "corpus": inputs.data_fingerprint,
-        "checkpoint to resume from": None if inputs.found is None else inputs.found.step,
-    }
-    everywhere: list[Any] = [None] * world.size
-    dist.all_gather_object(everywhere, facts)
-    for rank, others in enumerate(everywhere):
-        for name, value in everywhere[0].items():
-            if others[name] != value:
-                raise ConfigError(
-                    f"rank {rank} has another {name} than rank 0 ({others[name]!r:.20} instead of {value!r:.20})\n"
-                    "  fix: give settings as section.key=value arguments (launchers do not pass variables to other "
-                    "nodes), and put run.directory and data.directory on storage that every node shares"
-                )
-
-
-def _open_reporter(config: Config, inputs: _Inputs) -> Reporter:
-    training, start = config.training, inputs.found.step if inputs.found is not None else 0
+def _open_reporter(config: Config, found: checkpoint.Checkpoint | None, problems: list[str]) -> Reporter:
+    training, start = config.training, found.step if found is not None else 0
     reporter = Reporter(
         Path(config.run.directory), training.steps, start, training.loggers, config.model_dump(mode="json")
     )
-    for problem in inputs.problems:
+    for problem in problems:
         reporter.say(f"checkpoint passed over: {problem}")
     if start:
         reporter.say(f"resuming from step {start}")
@@ -191,55 +152,118 @@ class _Loop:
     """State of one call to `train`."""
 
     def __init__(
-        self, config: Config, world: World, plan: BatchPlan, engine: Any, inputs: _Inputs, targets: TargetCache
+        self,
+        config: Config,
+        world: World,
+        plan: BatchPlan,
+        engine: Any,
+        inputs: Inputs,
+        targets: TargetCache,
+        found: checkpoint.Checkpoint | None,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.world, self.plan, self.engine = config, world, plan, engine
-        self.inputs, self.targets = inputs, targets
-        self.skipped_steps = inputs.found.skipped_steps if inputs.found is not None else 0
+        self.inputs, self.targets, self.found, self.watchdog = inputs, targets, found, watchdog
+        self.directory = Path(config.run.directory)
+        training = config.training
+        self.writer = CheckpointWriter(
+            self.directory / "checkpoints",
+            world,
+            Retention(training.keep_checkpoints, training.keep_every),
+            training.commit,
+        )
+        self.checksums = inputs.base.checksums()
+        self.saved = found.directory if found is not None else self.directory
+        self.skipped_steps = found.skipped_steps if found is not None else 0
         self.consecutive_skips = 0
-        self.interrupted = False
+        self.interrupted = self.all_written = False
 
-    def run(
-        self,
-        reporter: Reporter | None,
-        on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None,
-        stop_at: int | None,
-    ) -> TrainingResult:
-        training, found = self.config.training, self.inputs.found
-        saved = found.directory if found is not None else Path(self.config.run.directory)
+    def run(self, reporter: Reporter | None, hooks: Hooks, stop_at: int | None) -> TrainingResult:
+        training, found = self.config.training, self.found
         metrics = {"loss": found.loss if found is not None else math.nan}
         step = found.step if found is not None else 0
         end = min(training.steps, stop_at) if stop_at is not None else training.steps
+        say = reporter.say if reporter is not None else lambda text: None
         with stop_on_signal() as stop_requested:
             while step < end:
                 metrics = self.step(step, stop_requested)
                 step += 1
+                asked = hooks.on_step(step, metrics)
+                last = step == end or self.interrupted
+                due = step % training.save_every == 0 or asked or last
+                if due:
+                    metrics |= self._examine(step, say)
                 if reporter is not None:
                     reporter.show(step, metrics)
-                    if step % training.log_every == 0 or step == end:
+                    if step % training.log_every == 0 or due:
                         reporter.log(step, metrics)
-                if step % training.save_every == 0 or step == end or self.interrupted:
-                    saved = self.save(step, metrics["loss"])
-                    if on_checkpoint is not None:
-                        on_checkpoint(step, saved, metrics)
+                if self.writer.pending_step is not None and (due or self.all_written):
+                    self._commit(hooks, metrics)
+                if due:
+                    self._save(step, metrics["loss"], say)
+                    if last or not training.save_in_background:
+                        self._commit(hooks, metrics)
                 if self.interrupted:
-                    if reporter is not None:
-                        reporter.say(f"interrupted: saved step {step}; run the same command to go on")
+                    say(f"interrupted: saved step {step}; run the same command to go on")
                     break
-        peak = zero3.reduce_max(peak_bytes(self.world.device), self.world)
-        return TrainingResult(step, metrics["loss"], self.interrupted, saved, int(peak))
+        self.writer.close()
+        (peak,) = zero3.reduce_max([peak_bytes(self.world.device)], self.world)
+        return TrainingResult(step, metrics["loss"], self.interrupted, self.saved, int(peak))
 
-    def save(self, step: int, loss: float) -> Path:
-        """Commit a checkpoint after `step` optimizer steps; collective."""
+    def _save(self, step: int, loss: float, say: Callable[[str], None]) -> None:
+        """Begin the checkpoint after `step` optimizer steps; collective."""
+        self.watchdog.beat(f"writing the checkpoint of step {step}")
+        partitions = zero3.local_partitions(self.engine)
+        self._refuse_idle(health.untouched_parameters(partitions, self.world), step, say)
         details = {
             "base_fingerprint": self.inputs.base.fingerprint,
             "data_fingerprint": self.inputs.data_fingerprint,
+            "settings_fingerprint": settings_fingerprint(self.config),
             "seed": self.config.run.seed,
             "skipped_steps": self.skipped_steps,
             "loss": loss,
+            "version": importlib.metadata.version("hl_scale"),
         }
-        directory = Path(self.config.run.directory) / "checkpoints"
-        return checkpoint.save(directory, self.engine, step, self.world, self.config.training.keep_checkpoints, details)
+        self.writer.begin(self.engine, partitions, step, details)
+
+    def _commit(self, hooks: Hooks, metrics: dict[str, float]) -> None:
+        """Commit the checkpoint under way; collective."""
+        step = self.writer.pending_step
+        assert step is not None
+        self.watchdog.beat(f"committing the checkpoint of step {step}")
+        self.saved = self.writer.finish()
+        hooks.on_checkpoint(step, self.saved, metrics)
+
+    def _examine(self, step: int, say: Callable[[str], None]) -> dict[str, float]:
+        """Look for what shows no error, before a checkpoint is written; collective."""
+        health.check_replicas(self.engine, self.world)
+        if self.config.hypernetwork.kind == "plain_lora":
+            return {}
+        probe = self.inputs.sampler.batch(step - 1)[: self.plan.micro_batch]
+        own, other = health.condition_effect(self.engine, self.collate(probe).to(self.world.device), self.world)
+        if math.isnan(own):
+            return {}
+        learnt = step > max(10, self.config.training.warmup_ratio * self.config.training.steps)
+        if learnt and abs(other - own) <= health.NO_EFFECT * abs(own):
+            say(
+                f"warning: the loss is {own:.6f} under the right conditions and under others alike: the adapter does "
+                "not depend on its condition\n  fix: if this stays, raise training.learning_rate or "
+                "hypernetwork.condition_width, or look whether the corpus has more than one condition"
+            )
+        return {"condition_effect": other - own}
+
+    def _refuse_idle(self, untouched: list[str], step: int, say: Callable[[str], None]) -> None:
+        """Warn of parameters that were never changed; all of them are an error."""
+        updates = step - self.skipped_steps
+        if updates < 2 or not untouched:  # in the first step B = 0 keeps gradients from what makes A
+            return
+        if len(untouched) == len(zero3.full_shapes(self.engine.module)):
+            raise TrainingAborted(
+                f"no gradient has reached any parameter in {updates} steps: nothing is learnt\n"
+                "  fix: look whether lora.target_modules are part of the path to the objective, and whether the corpus "
+                "has pairs that differ"
+            )
+        say(f"warning: no gradient has reached {len(untouched)} parameters: {', '.join(untouched[:4])}")
 
     def step(self, step: int, stop_requested: Callable[[], bool]) -> dict[str, float]:
         """One optimizer step on global batch number `step`; returns metrics that are equal on every rank.
@@ -248,26 +272,29 @@ class _Loop:
             TrainingAborted: too many steps in a row were skipped; on every rank at once.
         """
         started = time.perf_counter()
-        training = self.config.training
-        rate = learning_rate(training, step)
+        rate = learning_rate(self.config.training, step)
         zero3.set_learning_rate(self.engine, rate)
         skipped_before = self.engine.skipped_steps
-        loss_sum, tokens = 0.0, 0
+        passes, tokens = [], 0
         for samples in self.inputs.sampler.micro_batches(step, self.world.rank, self.plan):
+            self.watchdog.beat(f"step {step + 1}")
+            weight = self.plan.weight(len(samples))
+            # A rank without a sample takes part in every collective with one that does not count.
+            samples = samples if len(samples) else self.inputs.sampler.batch(step)[:1]
             batch = self.collate(samples).to(self.world.device)
-            loss = self.engine(batch)
+            loss = self.engine(batch) * weight
             self.engine.backward(loss)
             self.engine.step()
-            loss_sum += loss.item() / self.plan.accumulation
-            tokens += int(batch.attention_mask.sum())
-        loss_sum, token_sum, stops = zero3.reduce_sum(
-            [loss_sum / self.world.size, float(tokens), float(stop_requested())], self.world
-        )
-        self.interrupted = stops > 0
+            passes.append(([self.inputs.pairs[int(sample)].pair_id for sample in samples], loss.item()))
+            tokens += int(batch.attention_mask.sum()) if weight else 0
+        loss_sum = sum(loss for _, loss in passes) / self.plan.accumulation
+        mine = [loss_sum / self.world.size, float(tokens), float(stop_requested()), float(self.writer.is_written)]
+        loss_sum, token_sum, stops, written = zero3.reduce_sum(mine, self.world)
+        self.interrupted, self.all_written = stops > 0, written == self.world.size
         skipped = self.engine.skipped_steps > skipped_before
         assert skipped or math.isfinite(loss_sum), "the engine applied a step whose loss is not finite"
-        self._count_skips(skipped, step, loss_sum)
-        seconds = time.perf_counter() - started
+        self._count_skips(skipped, step, loss_sum, passes)
+        seconds, peak = zero3.reduce_max([time.perf_counter() - started, peak_bytes(self.world.device)], self.world)
         hypernetwork = self.engine.module.hypernetwork
         metrics = {
             "loss": loss_sum,
@@ -278,7 +305,7 @@ class _Loop:
             "seconds": seconds,
             "skipped_steps": float(self.skipped_steps),
             "dead_unit_share": hypernetwork.dead_unit_share,
-            "peak_memory_bytes": zero3.reduce_max(peak_bytes(self.world.device), self.world),
+            "peak_memory_bytes": peak,
         }
         if hypernetwork.trunk_gradient_norm is not None:
             metrics["trunk_gradient_norm"] = hypernetwork.trunk_gradient_norm
@@ -306,14 +333,16 @@ class _Loop:
             target_self=torch.cat(known) if known else None,
         )
 
-    def _count_skips(self, skipped: bool, step: int, loss: float) -> None:
+    def _count_skips(self, skipped: bool, step: int, loss: float, passes: list[tuple[list[int], float]]) -> None:
         self.skipped_steps += skipped
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+        if not skipped:
+            return
+        dump = health.write_nonfinite(self.directory, step + 1, loss, passes, self.world)
         if self.consecutive_skips >= self.config.training.maximum_consecutive_skips:
-            pair_ids = [self.inputs.pairs[int(sample)].pair_id for sample in self.inputs.sampler.batch(step)]
             raise TrainingAborted(
                 f"step {step + 1}: loss {loss}, {self.consecutive_skips} non-finite steps in a row; "
-                f"they changed no weight. Pairs of the last batch: {pair_ids}\n"
+                f"they changed no weight. The pairs of each: {dump} and others beside it\n"
                 "  fix: lower training.learning_rate, set training.gradient_clipping, or look at these pairs"
             )
 
@@ -329,58 +358,6 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1 - progress
     floor = training.minimum_learning_rate_ratio
     return training.learning_rate * (floor + (1 - floor) * remaining)
-
-
-def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int, minimum_tokens: int = 1) -> list[int]:
-    """Tokens of each dialect sentence.
-
-    Raises:
-        ConfigError: a sentence is longer than `maximum_tokens` or the model's context, or has fewer than
-            `minimum_tokens`, so that none is left to align.
-    """
-    limit = min(maximum_tokens, base.context_length)
-    dialect = _token_counts(base, [pair.dialect for pair in pairs])
-    standard = _token_counts(base, [pair.standard for pair in pairs])
-    for pair, own, other in zip(pairs, dialect, standard, strict=True):
-        if max(own, other) > limit:
-            raise ConfigError(
-                f"pair {pair.pair_id} has {max(own, other)} tokens, more than {limit} "
-                f"(data.maximum_tokens = {maximum_tokens}, context of the base = {base.context_length}): "
-                f"{pair.dialect[:60]!r}\n"
-                "  fix: raise data.maximum_tokens, or lower data.maximum_words and prepare again"
-            )
-        if min(own, other) < minimum_tokens:
-            raise ConfigError(
-                f"pair {pair.pair_id} has a sentence of {min(own, other)} tokens where {minimum_tokens} are needed: "
-                f"{pair.standard[:60]!r} / {pair.dialect[:60]!r}\n  fix: prepare again without empty sentences"
-            )
-    return dialect
-
-
-def _token_counts(base: AdaptedModel, texts: list[str]) -> list[int]:
-    """Tokens of each text; some texts at a time, for the encoding of one takes kilobytes."""
-    chunks = (texts[start : start + 512] for start in range(0, len(texts), 512))
-    return [len(ids) for chunk in chunks for ids in base.tokenizer(chunk)["input_ids"]]
-
-
-def corpus_fingerprint(corpus: Corpus) -> str:
-    """What identifies the training data: the settings fingerprint in its manifest."""
-    return str(corpus.manifest["fingerprint"])
-
-
-def _check_origin(found: checkpoint.Checkpoint, inputs: _Inputs) -> None:
-    current = {"base_fingerprint": inputs.base.fingerprint, "data_fingerprint": inputs.data_fingerprint}
-    for name, now in current.items():
-        if found.manifest[name] != now:
-            raise checkpoint.CheckpointError(
-                f"{found.directory} was trained with {name} {found.manifest[name][:12]}, now it is {now[:12]}\n"
-                "  fix: restore that model or corpus, or choose another run.directory"
-            )
-
-
-def _report_targets(done: int, total: int) -> None:
-    if done % 4 == 0:
-        print(f"computing frozen targets: {done}/{total} chunks", flush=True)
 
 
 def limit_threads(processes_per_host: int) -> None:

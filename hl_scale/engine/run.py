@@ -5,6 +5,7 @@ config.yaml  environment.json  metrics.jsonl  checkpoints/step-000100/  evaluati
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -25,11 +26,13 @@ from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geomloss", "peft", "value-nlp", "numpy")
 # Sections and keys that may change when a run is continued: they do not change what is computed, or, of the corpus and
 # the base, fingerprints in the checkpoint tell whether they are the same.
-_MAY_CHANGE = {"run.directory", "cluster", "evaluation", "training.save_every", "training.keep_checkpoints",
-               "training.log_every", "training.loggers", "training.micro_batch_size", "base.cache_directory",
-               "base.placement", "base.gradient_checkpointing", "base.offload_activations",
-               "base.mlp_tile_tokens", "hypernetwork.generate_per_block", "zero3", "data.num_workers",
-               "data.directory", "base.model"}  # fmt: skip
+_MAY_CHANGE = {
+    "run.directory", "cluster", "evaluation", "zero3", "data.directory", "data.num_workers", "base.model",
+    "base.cache_directory", "base.placement", "base.gradient_checkpointing", "base.offload_activations",
+    "base.mlp_tile_tokens", "hypernetwork.generate_per_block", "training.micro_batch_size", "training.save_every",
+    "training.save_in_background", "training.keep_checkpoints", "training.keep_every", "training.commit",
+    "training.hang_timeout_seconds", "training.maximum_consecutive_skips", "training.log_every", "training.loggers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,17 @@ def load_run(
     for problem in problems:
         logging.getLogger(__name__).warning("checkpoint passed over, step %d is used: %s", found.step, problem)
     base = load_base(config.base, config.lora, device) if base is None else base
-    if found.manifest["base_fingerprint"] != base.fingerprint:
+    if found.manifest.base_fingerprint != base.fingerprint:
         raise checkpoint.CheckpointError(
-            f"{found.directory} was trained on base {found.manifest['base_fingerprint'][:12]}, but base.model "
+            f"{found.directory} was trained on base {found.manifest.base_fingerprint[:12]}, but base.model "
             f"now gives {base.fingerprint[:12]}\n"
             "  fix: restore the model revision or the quantisation settings of that run"
         )
     whole = config.hypernetwork.model_copy(update={"generate_per_block": False})
     hypernetwork = build_hypernetwork(whole, config.lora, base.slots, typology.NUM_FEATURES)
-    weights = {
-        name.removeprefix("hypernetwork."): kinds for name, kinds in checkpoint.read_full(found, ("master",)).items()
-    }
-    shapes = {name.removeprefix("hypernetwork."): shape for name, shape in found.manifest["shapes"].items()}
-    stripped = checkpoint.Checkpoint(found.directory, {**found.manifest, "shapes": shapes})
-    checkpoint.load_weights(hypernetwork, stripped, weights)
+    checkpoint.load_weights(hypernetwork, found, prefix="hypernetwork.")
     hypernetwork.requires_grad_(False).eval().to(device)
-    return LoadedRun(directory, config, base, hypernetwork, found.step, found.manifest["data_fingerprint"])
+    return LoadedRun(directory, config, base, hypernetwork, found.step, found.manifest.data_fingerprint)
 
 
 def check_run_directory(config: Config) -> None:
@@ -152,6 +150,19 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def settings_fingerprint(config: Config) -> str:
+    """SHA-256 of the settings that decide what is computed. Defaults are left out, so that a key that a later version
+    adds changes nothing."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    settings = {
+        f"{section}.{key}": value
+        for section, keys in tree.items()
+        for key, value in keys.items()
+        if section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

@@ -10,7 +10,8 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +114,22 @@ def together(world: World) -> Iterator[None]:
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    messages: list[str | None] = [None] * world.size
-    if world.size > 1:
-        dist.all_gather_object(messages, None if error is None else str(error))
+    messages = gather_objects(None if error is None else str(error), world)
     if error is not None:
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
             raise RankError(f"rank {rank}: {message}")
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's value, in the order of ranks; collective. For small values between processes that trust each other:
+    they are pickled on the way."""
+    values = [value]
+    if world.size > 1:
+        values = [None] * world.size
+        dist.all_gather_object(values, value)
+    return values
 
 
 def deepspeed_config(
@@ -171,6 +180,18 @@ def build_engine(
     return engine
 
 
+def gather_at_once(modules: Iterable[nn.Module]) -> None:
+    """Let ZeRO-3 gather all parameters of each module when it is called, and know nothing of what happens inside.
+
+    For modules that call their children a varying number of times: the engine requires that all ranks call the same
+    modules in the same order, and ends with an error if they do not. Before the engine is built.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
+
+
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     for group in engine.optimizer.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -212,10 +233,29 @@ def full_shapes(module: nn.Module) -> dict[str, list[int]]:
     }
 
 
-def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], updates: int, world: World) -> None:
-    """Set master weights, moments and Adam's count of updates from whole flat tensors, whatever world size wrote them.
+def replica_checksums(engine: Any) -> dict[str, int]:
+    """CRC-32 of every trainable parameter that this rank holds whole because it is small: equal on all ranks."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    checksums = {}
+    for name, parameter in trainable_parameters(engine.module).items():
+        status, whole = parameter.ds_status, ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        if parameter.ds_persist and status == whole:  # type: ignore[attr-defined]
+            values = parameter.detach().contiguous().cpu().flatten().view(torch.uint8)
+            checksums[name] = zlib.crc32(values.numpy())
+    return checksums
+
+
+def restore_partitions(engine: Any, read: Callable[[str, str, int, int], Tensor], updates: int, world: World) -> None:
+    """Set master weights, moments and Adam's count of updates, whatever world size wrote them.
 
     The module's own values must already be the same weights (they are loaded before the engine is built).
+
+    Args:
+        engine: ZeRO-3 engine.
+        read: read(parameter, kind, start, stop) gives those elements of the flat whole; fewer at its end.
+        updates: steps that Adam has applied.
+        world: this process.
     """
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -227,9 +267,9 @@ def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], updates:
         }
     for name, parameter in trainable_parameters(engine.module).items():
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        for kind, whole in full[name].items():
+        for kind in ("master", *MOMENTS):
             part = torch.zeros(size, dtype=torch.float32)
-            values = whole[world.rank * size : (world.rank + 1) * size]
+            values = read(name, kind, world.rank * size, (world.rank + 1) * size)
             part[: values.numel()] = values
             part = part.to(world.device)
             if kind == "master":
@@ -238,11 +278,11 @@ def restore_partitions(engine: Any, full: dict[str, dict[str, Tensor]], updates:
                 safe_set_local_optimizer_state(parameter, part, kind)
 
 
-def reduce_max(value: float, world: World) -> float:
-    """Largest of a plain float over all ranks."""
-    tensor = torch.tensor(value, dtype=torch.float64).to(world.device)
+def reduce_max(values: list[float], world: World) -> list[float]:
+    """Largest of plain floats over all ranks, each for itself."""
+    tensor = torch.tensor(values, dtype=torch.float64).to(world.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
+    return [float(value) for value in tensor.tolist()]
 
 
 def reduce_sum(values: list[float], world: World) -> list[float]:

@@ -111,11 +111,15 @@ def test_a_run_that_stays_non_finite_aborts_naming_its_pairs_and_keeps_its_last_
 ):
     poison(monkeypatch, set(range(3, 40)))
     config = tiny_config(tmp_path / "run", {"training.steps": 40, "training.save_every": 1})
-    with pytest.raises(TrainingAborted, match=r"5 non-finite steps in a row.*Pairs of the last batch: \[\d+"):
+    with pytest.raises(TrainingAborted, match=r"5 non-finite steps in a row.*nonfinite-step-000008.json"):
         train(config)
     saved = [checkpoint.read_full(checkpoint.verify(path)) for path in checkpoint.find(tmp_path / "run/checkpoints")]
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 0, 1, 2, 3, 4]
     assert all(equal(after, saved[2]) for after in saved[3:]) and not equal(saved[1], saved[2])
+    dumps = sorted((tmp_path / "run").glob("nonfinite-step-*.json"))
+    assert [path.name for path in dumps] == [f"nonfinite-step-{step:06d}.json" for step in (4, 5, 6, 7, 8)]
+    (share,) = json.loads(dumps[0].read_text())["ranks"]
+    assert share["passes"][0]["loss"] == "nan" and len(share["passes"][0]["pair_ids"]) == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

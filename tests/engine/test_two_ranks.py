@@ -191,11 +191,13 @@ def test_non_finite_numbers_on_one_rank_change_no_weight_on_any_rank(ranks, name
         assert answer["digests"][1] != before  # while finite steps do change them
 
 
-def test_an_aborted_run_names_the_pairs_of_its_last_batch(ranks):
+def test_an_aborted_run_writes_the_pairs_and_losses_of_every_rank(ranks):
     message = ranks.answers[0]["poisoned"]["message"]
     assert "step 6: loss nan, 3 non-finite steps in a row" in message
-    pairs = json.loads("[" + message.partition("[")[2].partition("]")[0] + "]")
+    ranks_written = json.loads((ranks.root / "poisoned" / "nonfinite-step-000006.json").read_text())["ranks"]
+    pairs = [pair for share in ranks_written for one in share["passes"] for pair in one["pair_ids"]]
     assert len(set(pairs)) == 8 and all(0 <= pair < 48 for pair in pairs)
+    assert [share["passes"][0]["loss"] == "nan" for share in ranks_written] == [False, True]
 
 
 def test_an_error_on_one_rank_ends_all_ranks_before_anything_is_written(ranks):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from safetensors.torch import save_file
 
 from hl_scale.config import load_config
-from hl_scale.engine import checkpoint, loop, targets, zero3
+from hl_scale.engine import checkpoint, checkpoint_writer, inputs, loop, targets, zero3
 
 RANK = int(os.environ["RANK"])
 POISONED_FROM = 3
@@ -32,20 +32,29 @@ def fault(name: str | None):
     if name is None or RANK != 1:
         yield
     elif name == "poisoned_targets":
-        collate, calls = loop._Loop.collate, []
+        collate, step, current = loop._Loop.collate, loop._Loop.step, []
+
+        def stepping(self, number, *arguments):
+            current[:] = [number]
+            try:
+                return step(self, number, *arguments)
+            finally:
+                current.clear()
 
         def poisoned(self, samples):
             batch = collate(self, samples)
-            calls.append(1)
-            if len(calls) > POISONED_FROM:
+            if current and current[0] >= POISONED_FROM:
                 batch.target.fill_(float("nan"))
             return batch
 
-        with mock.patch.object(loop._Loop, "collate", poisoned):
+        with (
+            mock.patch.object(loop._Loop, "collate", poisoned),
+            mock.patch.object(loop._Loop, "step", stepping),
+        ):
             yield
     elif name == "damaged_corpus":
         with mock.patch.object(
-            loop, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
+            inputs, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
         ):
             yield
     elif name == "other_settings":
@@ -53,7 +62,7 @@ def fault(name: str | None):
         yield
         del os.environ["HL_SCALE_TRAINING__LEARNING_RATE"]
     elif name == "full_disk":
-        with mock.patch.object(checkpoint, "save_file", side_effect=OSError(28, "No space left on device")):
+        with mock.patch.object(checkpoint_writer, "save_file", side_effect=OSError(28, "No space left on device")):
             yield
     else:
         raise AssertionError(name)
@@ -89,9 +98,24 @@ def keep_gradients(engine, path: Path) -> None:
     engine.backward = recorded
 
 
+@contextmanager
+def recorded(digests: list[str]):
+    """Add the digest after each step to the list."""
+    step = loop._Loop.step
+
+    def stepping(self, *arguments):
+        try:
+            return step(self, *arguments)
+        finally:
+            digests.append(digest(self.engine))
+
+    with mock.patch.object(loop._Loop, "step", stepping):
+        yield
+
+
 def run(scenario: dict, out: Path) -> dict:
     seen: dict = {"engine": None, "chunks": []}
-    build, write, step = zero3.build_engine, targets.TargetCache._write, loop._Loop.step
+    build, write = zero3.build_engine, targets.TargetCache._write
 
     def build_engine(*arguments):
         seen["engine"] = build(*arguments)
@@ -105,17 +129,11 @@ def run(scenario: dict, out: Path) -> dict:
 
     answer: dict = {"digests": []}
 
-    def recorded(self, *arguments):
-        try:
-            return step(self, *arguments)
-        finally:
-            answer["digests"].append(digest(self.engine))
-
     with (
         fault(scenario.get("fault")),
         mock.patch.object(zero3, "build_engine", build_engine),
         mock.patch.object(targets.TargetCache, "_write", write_chunk),
-        mock.patch.object(loop._Loop, "step", recorded),
+        recorded(answer["digests"]),
     ):
         try:
             result = loop.train(load_config(scenario["config"]), stop_at=scenario.get("stop_at"))
