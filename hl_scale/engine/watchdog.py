@@ -37,6 +37,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.timeout is not None:
+            self._arm()
             self._thread.start()
         return self
 
@@ -56,9 +57,13 @@ class Watchdog:
         while not self._stopped.wait(interval):
             if time.monotonic() - self._since > self.timeout:
                 self._end()
-            # Fires if this thread does not come back to put it off: something holds the interpreter.
-            if sys.__stderr__ is not None:
-                faulthandler.dump_traceback_later(self.timeout + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
+            self._arm()
+
+    def _arm(self) -> None:
+        """What fires if the thread does not come back to put it off, because something holds the interpreter."""
+        assert self.timeout is not None
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(self.timeout + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
 
     def _end(self) -> None:
         path = self.directory / f"stacks-rank-{self.rank:04d}.txt"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from hl_scale.engine import checkpoint, zero3
+from hl_scale.engine import checkpoint, checkpoint_writer, zero3
 from hl_scale.engine.checkpoint import CheckpointError
 from hl_scale.engine.loop import train
 
@@ -169,3 +174,102 @@ def test_a_checkpoint_holds_nothing_of_the_base(finished):
     found, _ = checkpoint.newest(finished)
     assert all(name.startswith("hypernetwork.") for name in found.manifest.shapes)
     assert set(checkpoint.read_full(found)[next(iter(found.manifest.shapes))]) == {"master", *zero3.MOMENTS}
+
+
+def test_steps_that_are_multiples_stay_for_good(single_process, tiny_config, tmp_path):
+    settings = {"training.save_every": 1, "training.keep_checkpoints": 1, "training.keep_every": 2}
+    train(tiny_config(tmp_path / "run", settings), stop_at=5)
+    kept = [path.name for path in checkpoint.find(tmp_path / "run" / "checkpoints")]
+    assert kept == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_where_directories_cannot_be_renamed_the_manifest_commits(
+    single_process, tiny_config, finished, tmp_path, monkeypatch
+):
+    """An object store mounted as a file system: files can be replaced, directories cannot be renamed."""
+    rename = os.rename
+
+    def files_only(old, new):
+        if Path(old).is_dir():
+            raise OSError(95, "Operation not supported")
+        rename(old, new)
+
+    monkeypatch.setattr("os.rename", files_only)
+    config = tiny_config(tmp_path / "run", {"training.commit": "manifest", "training.keep_checkpoints": 1})
+    train(config, stop_at=4)
+    # What a killed process left: shards that no manifest followed.
+    unfinished = tmp_path / "run" / "checkpoints" / "step-000006"
+    unfinished.mkdir()
+    (unfinished / "rank-0000-of-0004.safetensors").write_bytes(b"half")
+    assert train(config).step == 6
+    assert [path.name for path in checkpoint.find(tmp_path / "run" / "checkpoints")] == ["step-000006"]
+    assert sorted(path.name for path in unfinished.iterdir()) == ["manifest.json", "rank-0000-of-0001.safetensors"]
+    mine, other = (checkpoint.read_full(checkpoint.newest(path)[0]) for path in (unfinished.parent, finished))
+    assert all(mine[name][kind].equal(other[name][kind]) for name in other for kind in other[name])
+
+
+def test_random_states_come_back_as_they_were():
+    def draw():
+        return torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1), random.random()
+
+    random.gauss(0, 1), np.random.standard_normal()  # leave a second number waiting
+    states = checkpoint_writer.random_states()
+    first = draw()
+    draw()
+    checkpoint_writer.restore_random_states(states)
+    assert draw() == first
+
+
+def test_any_range_of_a_parameter_is_read_from_shards_of_any_number(tmp_path):
+    whole = {"w": torch.arange(23, dtype=torch.float32), "one": torch.tensor([5.0]), "none": torch.empty(0)}
+    for ranks in (1, 2, 3, 5, 30):
+        directory = tmp_path / str(ranks)
+        directory.mkdir()
+        shards = []
+        for rank in range(ranks):
+            tensors = {}
+            for name, values in whole.items():
+                size = -(-len(values) // ranks)
+                part = torch.full((size,), torch.nan)
+                own = values[rank * size : (rank + 1) * size]
+                part[: len(own)] = own
+                tensors[f"{name}|master"] = part
+            file = directory / f"rank-{rank:04d}-of-{ranks:04d}.safetensors"
+            save_file(tensors, file)
+            shards.append({"name": file.name, "bytes": file.stat().st_size, "sha256": "0" * 64})
+        manifest = checkpoint.Manifest(
+            step=1, world_size=ranks, shapes={"w": [23], "one": [1], "none": [0]}, shards=shards,
+            base_fingerprint="b", data_fingerprint="d", seed=0,
+        )  # fmt: skip
+        with checkpoint.Shards(checkpoint.Checkpoint(directory, manifest)) as read:
+            for start in range(24):
+                for stop in range(start, 27):
+                    assert read.read("w", "master", start, stop).equal(whole["w"][start:stop]), (ranks, start, stop)
+            assert read.read("one", "master").tolist() == [5.0] and read.read("none", "master").numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"step": -1}, "step"), ({"shards": []}, "shards"), ({"world_size": "two"}, "world_size"),
+        ({"shapes": {"w": [-3]}}, "shapes.w.0"), ({"format": 3}, "format"), ({"command": "rm"}, "command"),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_a_field_that_cannot_be_right_is_refused_by_its_name(copied, change, complaint):
+    path = copied / "step-000006" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=rf"manifest.json cannot be read: {complaint}"):
+        checkpoint.verify(copied / "step-000006")
+
+
+def test_too_little_space_is_found_before_anything_is_written(single_process, tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "run", {"training.save_every": 1})
+    train(config, stop_at=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
+    with pytest.raises(CheckpointError, match=r"step 2 was not written: [\d,]+ bytes are needed in .*, 100 are free"):
+        train(config, stop_at=2)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*step*")] == ["step-000001"]
+
+
+def test_latest_names_the_newest_checkpoint(finished):
+    assert (finished / "LATEST").read_text() == "step-000006\n"

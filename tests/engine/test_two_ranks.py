@@ -18,14 +18,16 @@ from hl_scale.engine import checkpoint
 from hl_scale.engine.loop import train
 from hl_scale.engine.run import load_run
 
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5  # relative; float32 sums in another order
 GRADIENT_TOLERANCE = 2e-4  # of the norm of each parameter's gradient: float32 states through two blocks
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory):
+def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory, process_environment):
     """What both ranks said about every scenario, and where the runs are."""
     root = tmp_path_factory.mktemp("two-ranks")
+    process_environment["OTHER_DIRECTORY"] = str(root / "elsewhere")
     fresh = str(write_tiny_corpus(root / "fresh-corpus"))
     stop = {"training.maximum_consecutive_skips": 3, "training.steps": 20}
     plans = {
@@ -55,6 +57,9 @@ def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory):
         "damaged_corpus": ({}, {"fault": "damaged_corpus"}),
         "full_disk": ({}, {"fault": "full_disk"}),
         "other_settings": ({}, {"fault": "other_settings"}),
+        "other_directory": ({}, {"fault": "other_directory"}),
+        "flipped_bit": ({"zero3.parameter_persistence_threshold": 100_000}, {"fault": "flipped_bit"}),
+        "background": ({"training.save_in_background": True, "training.save_every": 1}, {}),
     }  # fmt: skip
     scenarios = [
         {"name": name, "config": str(write_yaml(tiny_config(root / name, settings), root / f"{name}.yaml")), **more}
@@ -223,3 +228,51 @@ def test_ranks_with_different_settings_refuse_before_anything_is_written(ranks):
         assert answer["other_settings"]["error"] == "ConfigError"
         assert "rank 1 has another configuration than rank 0" in answer["other_settings"]["message"]
     assert not (ranks.root / "other_settings").exists()
+
+
+def test_ranks_whose_run_directories_are_not_the_same_storage_are_refused(ranks):
+    for answer in ranks.answers:
+        assert answer["other_directory"]["error"] == "ConfigError"
+        message = answer["other_directory"]["message"]
+        assert "is not the same directory everywhere: rank 1 on" in message
+
+
+def test_ranks_that_hold_other_values_end_the_run_before_a_checkpoint_is_written(ranks):
+    for answer in ranks.answers:
+        assert answer["flipped_bit"]["error"] == "TrainingAborted"
+        assert (
+            "rank 1 holds other values than rank 0 in 1 parameters, first hypernetwork."
+            in (answer["flipped_bit"]["message"])
+        )
+    saved = checkpoint.find(ranks.root / "flipped_bit" / "checkpoints")
+    assert [path.name for path in saved] == ["step-000002"]
+
+
+def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, losses_of, deepspeed_run):
+    assert losses_of(ranks.root / "background") == losses_of(deepspeed_run)
+    directory = ranks.root / "background" / "checkpoints"
+    assert [path.name for path in checkpoint.find(directory)] == [f"step-{step:06d}" for step in range(1, 7)]
+    for step in (2, 4, 6):
+        name = f"step-{step:06d}"
+        mine, other = (
+            checkpoint.read_full(checkpoint.verify(path / name)) for path in (directory, deepspeed_run / "checkpoints")
+        )
+        assert all(mine[key][kind].equal(other[key][kind]) for key in other for kind in other[key])
+
+
+def test_three_ranks_go_on_from_two_with_shares_that_are_not_equal(
+    tiny_config, write_yaml, launch, deepspeed_run, losses_of, tmp_path
+):
+    """8 pairs on 3 ranks: 3, 3 and 2, in passes of at most 2: 2 + 1, 2 + 1 and 1 + 1."""
+    directory = tmp_path / "run"
+    shutil.copytree(deepspeed_run / "checkpoints" / "step-000002", directory / "checkpoints" / "step-000002")
+    shutil.copy(deepspeed_run / "metrics.jsonl", directory / "metrics.jsonl")
+    config = write_yaml(tiny_config(directory, {"training.micro_batch_size": 2}), tmp_path / "config.yaml")
+    done = launch(ROOT / "launch" / "train.py", "--config", str(config), ranks=3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert close(losses_of(directory), losses_of(deepspeed_run))
+    last, other = (checkpoint.newest(path / "checkpoints")[0] for path in (directory, deepspeed_run))
+    assert last.manifest.world_size == 3 and other.manifest.world_size == 2
+    mine, theirs = checkpoint.read_full(last), checkpoint.read_full(other)
+    for name, kinds in theirs.items():
+        assert torch.allclose(mine[name]["master"], kinds["master"], rtol=1e-3, atol=1e-5), name

@@ -3,7 +3,8 @@
 Arguments: a JSON file with a list of {name, config, stop_at, fault, gradients}, and a directory for the answers,
 rank-<n>.json. With `gradients` those of the first step are written to <name>-gradients.safetensors.
 Faults act on rank 1 alone: `poisoned_targets` makes its targets NaN from step 4 on, `damaged_corpus` lets it read
-another corpus folder, `other_settings` gives it another learning rate, `full_disk` fails its first checkpoint write.
+another corpus folder, `other_settings` gives it another learning rate, `other_directory` another run directory,
+`full_disk` fails its first checkpoint write, `flipped_bit` changes a parameter that ranks hold whole after step 4.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
 from safetensors.torch import save_file
 
 from hl_scale.config import load_config
@@ -28,44 +30,57 @@ POISONED_FROM = 3
 
 
 @contextmanager
-def fault(name: str | None):
-    if name is None or RANK != 1:
+def poisoned_targets():
+    collate, step, current = loop._Loop.collate, loop._Loop.step, []
+
+    def stepping(self, number, *arguments):
+        current[:] = [number]
+        try:
+            return step(self, number, *arguments)
+        finally:
+            current.clear()
+
+    def poisoned(self, samples):
+        batch = collate(self, samples)
+        if current and current[0] >= POISONED_FROM:
+            batch.target.fill_(float("nan"))
+        return batch
+
+    with mock.patch.object(loop._Loop, "collate", poisoned), mock.patch.object(loop._Loop, "step", stepping):
         yield
-    elif name == "poisoned_targets":
-        collate, step, current = loop._Loop.collate, loop._Loop.step, []
 
-        def stepping(self, number, *arguments):
-            current[:] = [number]
-            try:
-                return step(self, number, *arguments)
-            finally:
-                current.clear()
 
-        def poisoned(self, samples):
-            batch = collate(self, samples)
-            if current and current[0] >= POISONED_FROM:
-                batch.target.fill_(float("nan"))
-            return batch
+@contextmanager
+def flipped_bit():
+    step = loop._Loop.step
 
-        with (
-            mock.patch.object(loop._Loop, "collate", poisoned),
-            mock.patch.object(loop._Loop, "step", stepping),
-        ):
-            yield
-    elif name == "damaged_corpus":
-        with mock.patch.object(
-            inputs, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
-        ):
-            yield
-    elif name == "other_settings":
-        os.environ["HL_SCALE_TRAINING__LEARNING_RATE"] = "0.5"
+    def flipping(self, number, *arguments):
+        metrics = step(self, number, *arguments)
+        if number == POISONED_FROM:
+            whole = [p for p in zero3.trainable_parameters(self.engine.module).values() if p.ds_persist]
+            whole[0].data.view(torch.int32).view(-1)[0] ^= 1 << 22
+        return metrics
+
+    with mock.patch.object(loop._Loop, "step", flipping):
         yield
-        del os.environ["HL_SCALE_TRAINING__LEARNING_RATE"]
-    elif name == "full_disk":
-        with mock.patch.object(checkpoint_writer, "save_file", side_effect=OSError(28, "No space left on device")):
-            yield
-    else:
-        raise AssertionError(name)
+
+
+def other_variable(name: str, value: str):
+    return lambda: mock.patch.dict(os.environ, {name: value})
+
+
+FAULTS = {
+    "poisoned_targets": poisoned_targets,
+    "flipped_bit": flipped_bit,
+    "damaged_corpus": lambda: mock.patch.object(
+        inputs, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
+    ),
+    "other_settings": other_variable("HL_SCALE_TRAINING__LEARNING_RATE", "0.5"),
+    "other_directory": other_variable("HL_SCALE_RUN__DIRECTORY", os.environ.get("OTHER_DIRECTORY", "")),
+    "full_disk": lambda: mock.patch.object(
+        checkpoint_writer, "save_file", side_effect=OSError(28, "No space left on device")
+    ),
+}
 
 
 def checkpoint_error(text: str):
@@ -130,7 +145,7 @@ def run(scenario: dict, out: Path) -> dict:
     answer: dict = {"digests": []}
 
     with (
-        fault(scenario.get("fault")),
+        FAULTS[scenario["fault"]]() if RANK == 1 and "fault" in scenario else nullcontext(),
         mock.patch.object(zero3, "build_engine", build_engine),
         mock.patch.object(targets.TargetCache, "_write", write_chunk),
         recorded(answer["digests"]),

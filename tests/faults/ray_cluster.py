@@ -1,7 +1,7 @@
 """One training on a Ray cluster of three nodes on this machine, to which something happens.
 
-Arguments: configuration, what happens (nothing, elastic, kill, stop, preempt), and a file for the answer: JSON with what
-training returned and a list of [event, step at that time, seconds since the start].
+Arguments: configuration, what happens (nothing, elastic, kill, stop, preempt), and a file for the answer: JSON with
+what training returned and a list of [event, step at that time, seconds since the start].
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class Events:
         """As a cloud does it: the node is announced to go, and goes when the time is up."""
         self.until(lambda: self.step() >= 10)
         drain = [
-            "ray", "drain-node", "--address", self.cluster.address, "--node-id", self.nodes[-1].node_id,
-            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "20",
+            str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.cluster.address,
+            "--node-id", self.nodes[-1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message", "spot", "--deadline-remaining-seconds", "20",
         ]  # fmt: skip
-        drain[0] = str(Path(sys.executable).parent / "ray")
         self.disturbed("preemption announced", lambda: subprocess.run(drain, check=True))
 
 
