@@ -456,13 +456,14 @@ def test_a_token_others_can_read_is_a_problem(token):
     assert ray_access.check_ray_token(False).status == "ok"
 
 
-def test_the_fix_makes_a_token_for_this_user_alone(token):
+def test_the_fix_makes_a_token_for_this_user_alone(token, monkeypatch):
     """`ray get-auth-token --generate` itself obeys the umask, which usually lets others read."""
     token.unlink()
     binary = str(Path(sys.executable).parent)
     command = ray_access._GENERATE.replace("ray get-auth-token", f"{binary}/ray get-auth-token")
     subprocess.run(["bash", "-c", command], check=True, capture_output=True)
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert ray_access.check_ray_token(True).status == "ok"
 
 
@@ -474,13 +475,15 @@ def test_without_a_token_only_a_cluster_is_in_danger(several):
 @pytest.mark.parametrize(
     ("variables", "several", "status", "said"),
     [
-        ({"RAY_AUTH_MODE": "token"}, False, "problem", "is not there"),
+        ({"RAY_AUTH_MODE": "token"}, False, "problem", "No such file"),
         ({"RAY_AUTH_MODE": "tokens"}, False, "problem", "unknown"),
         ({"RAY_AUTH_MODE": "disabled"}, False, "warning", "runs whatever"),
         ({"RAY_AUTH_MODE": "disabled"}, True, "problem", "runs whatever"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}, True, "ok", "in RAY_AUTH_TOKEN"),
         ({"RAY_AUTH_TOKEN": " "}, True, "problem", "empty"),
-        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, False, "problem", "/nowhere/token is not there"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, False, "problem", "/nowhere/token cannot be read"),
+        ({"RAY_AUTH_TOKEN": "secret"}, False, "ok", "in RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "secret"}, True, "warning", "RAY_AUTH_MODE is not set"),
         ({"RAY_AUTH_TOKEN_PATH": "/dev/null"}, False, "problem", "is empty"),
         ({"RAY_AUTH_TOKEN_PATH": "/"}, False, "problem", "cannot be read"),
     ],

@@ -28,7 +28,7 @@ def check_ray_token(several_nodes: bool) -> Finding:
     """Whether Ray would ask for a token, where it is, and whether others on this machine can read it.
 
     Args:
-        several_nodes: a cluster is meant, not Ray within one machine.
+        several_nodes: a cluster is meant, not Ray within one machine, which makes a token for itself.
     """
     check, mode = "Ray token", os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode not in ("", "token", "disabled"):
@@ -36,27 +36,36 @@ def check_ray_token(several_nodes: bool) -> Finding:
     if mode == "disabled":
         found = "RAY_AUTH_MODE=disabled: Ray started from here runs whatever is submitted to it"
         return (problem if several_nodes else warning)(check, found, _GENERATE)
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    if "RAY_AUTH_TOKEN" not in os.environ and not path.exists() and not named and not mode:
+        if several_nodes:
+            return warning(check, f"none: `ray start` would ask nobody for one ({path} is not there)", _GENERATE)
+        return ok(check, "none yet; Ray within this machine makes its own")
+    finding = _examine_token(check, path)
+    if finding.status == "ok" and several_nodes and not mode:
+        found = (
+            f"{finding.found}; but RAY_AUTH_MODE is not set, so it is not sent to RAY_ADDRESS, nor by ray job submit"
+        )
+        return warning(check, found, "export RAY_AUTH_MODE=token")
+    return finding
+
+
+def _examine_token(check: str, path: Path) -> Finding:
+    """The token that Ray takes: that of RAY_AUTH_TOKEN, else the one in this file."""
     if "RAY_AUTH_TOKEN" in os.environ:
         if os.environ["RAY_AUTH_TOKEN"].strip():
             return ok(check, "in RAY_AUTH_TOKEN")
         return problem(check, "RAY_AUTH_TOKEN is empty", f"unset RAY_AUTH_TOKEN; {_GENERATE}")
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     try:
         empty = not path.read_text().strip()
-    except FileNotFoundError:
-        if named or mode == "token":
-            return problem(check, f"{path} is not there", _GENERATE)
-        if several_nodes:
-            return warning(check, f"none: `ray start` would ask nobody for a token ({path} is not there)", _GENERATE)
-        return ok(check, "none yet; Ray within this machine makes its own")
     except (OSError, UnicodeDecodeError) as error:
-        return problem(check, f"{path} cannot be read: {error}", _GENERATE)
+        return problem(check, f"{path} cannot be read: {getattr(error, 'strerror', error)}", _GENERATE)
     if empty:
         return problem(check, f"{path} is empty", _GENERATE)
     if _readable_by_others(path):
-        mode_bits = stat.S_IMODE(path.stat().st_mode)
-        return problem(check, f"other users can read {path} (mode {mode_bits:03o})", f"chmod 600 {path}")
+        permissions = stat.S_IMODE(path.stat().st_mode)
+        return problem(check, f"other users can read {path} (mode {permissions:03o})", f"chmod 600 {path}")
     return ok(check, f"in {path}, for this user alone")
 
 

@@ -24,7 +24,8 @@ from hl_scale.doctor.storage import check_storage, is_locked, nearest_directory
 DEADLINE = 120.0
 """Seconds for all nodes to answer; a fresh worker imports torch first."""
 _CONNECT_SECONDS = 5
-_START = "start Ray (docs/clusters.md) and export RAY_ADDRESS=HEAD:6379"
+_START = "start Ray (docs/clusters.md), and export RAY_ADDRESS=HEAD:6379 here"
+_CONNECT = "export RAY_AUTH_MODE=token, with the head node's token in ~/.ray/auth_token; `ray status` must then answer"
 
 
 def check_nodes(storage: Mapping[str, Path], deadline: float = DEADLINE) -> list[Finding]:
@@ -48,7 +49,7 @@ def check_nodes(storage: Mapping[str, Path], deadline: float = DEADLINE) -> list
             runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
         )
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-        return [problem(check, f"{address}: {_first_line(error)}", _START)]
+        return [problem(check, f"{address}: {_last_line(error)}", _START if address == "auto" else _CONNECT)]
     try:
         with ExitStack() as stack:
             marked = [(name, str(path), stack.enter_context(_marker(path))) for name, path in storage.items()]
@@ -100,7 +101,7 @@ def _ask(marked: list[tuple[str, str, str]], deadline: float) -> list[Finding]:
         except ray.exceptions.RayError as error:
             root = str(Path(__file__).resolve().parents[2])
             fix = f"install this project there at {root}, in a virtual environment like this one (docs/clusters.md)"
-            findings.append(problem(name, f"gives no answer: {_first_line(error)}", fix))
+            findings.append(problem(name, f"gives no answer: {_last_line(error)}", fix))
             continue
         versions[name] = seen["versions"]
         findings.append(summarize_node(name, [Finding(**finding) for finding in seen["findings"]]))
@@ -160,7 +161,7 @@ def compare_versions(versions: Mapping[str, Mapping[str, str]]) -> Finding:
     return ok(check, f"the same on {len(versions) - 1} nodes and here")
 
 
-def _first_line(error: BaseException) -> str:
-    """The line that says what happened: the last one of an error that carries a traceback."""
+def _last_line(error: BaseException) -> str:
+    """The line that says what happened, in an error that may carry a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {(lines or [''])[-1][:300]}"
