@@ -102,6 +102,7 @@ def test_a_missing_package_is_a_problem(install):
     install("hl_scale", "0.1.0", "no-such-package>=3")
     (finding,) = machine.check_packages()
     assert (finding.check, finding.status) == ("no-such-package", "problem")
+    assert "not installed" in finding.found
     assert finding.fix == 'pip install --upgrade "no-such-package>=3"'
 
 
@@ -556,7 +557,23 @@ def test_a_dashboard_that_does_not_answer_is_a_warning_where_one_was_named(monke
     assert ray_access.check_dashboard().status == "ok"
 
 
-@pytest.mark.parametrize("address", ["head:8265", "file:///etc/passwd", "http://"])
+def test_a_server_that_speaks_no_http_is_no_dashboard(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert ray_access.check_dashboard().status == "warning"
+        thread.join()
+
+
+@pytest.mark.parametrize("address", ["head:8265", "file:///etc/passwd", "http://", "http://head:port"])
 def test_an_address_that_is_none_of_a_dashboard_is_a_problem(monkeypatch, address):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
     assert ray_access.check_dashboard().status == "problem"
@@ -766,8 +783,9 @@ def doctor(monkeypatch, capsys):
     return call
 
 
-def test_a_machine_that_can_run_a_configuration_gets_status_0(doctor, tiny_config, write_yaml, tmp_path):
-    path = write_yaml(tiny_config(tmp_path / "runs" / "x"), tmp_path / "config.yaml")
+def test_a_machine_that_can_run_a_configuration_gets_status_0(doctor, tiny_config, write_yaml, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{free_port()}")
+    path = write_yaml(tiny_config(tmp_path / "runs" / "x", {"cluster.num_workers": 1}), tmp_path / "config.yaml")
     status, out = doctor(path, "--json", "--storage", tmp_path)
     result = json.loads(out)
     checks = {check["check"]: check["status"] for check in result["checks"]}

@@ -5,6 +5,7 @@ Whoever reaches a dashboard that asks for no token runs what they like on the cl
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import json
 import os
@@ -84,7 +85,11 @@ def check_dashboard() -> Finding:
     check, named = "Ray dashboard", os.environ.get("RAY_API_SERVER_ADDRESS")
     address = (named or DEFAULT_DASHBOARD).rstrip("/")
     url = urlsplit(address)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    except ValueError:
+        port = None
+    if port is None or not url.hostname:
         fix = "export RAY_API_SERVER_ADDRESS=http://HEAD:8265"
         return problem(check, f"RAY_API_SERVER_ADDRESS={address!r} is not the address of a dashboard", fix)
     status, body = _get(f"{address}/api/version")
@@ -93,7 +98,7 @@ def check_dashboard() -> Finding:
             fix = "start Ray there, open the port to this machine, or correct RAY_API_SERVER_ADDRESS"
             return warning(check, f"{address} does not answer: {body}", fix)
         return ok(check, f"none answers at {address}")
-    seen = _seen_beyond(url.hostname, url.port or 8265)
+    seen = _seen_beyond(url.hostname, port)
     reach = f", to everybody who reaches {seen}" if seen else ""
     if status == 200 and _is_ray(body):
         fix = f"stop Ray; {_GENERATE}; ray start --head"
@@ -116,7 +121,7 @@ def _get(url: str) -> tuple[int | None, str]:
             return answer.status, answer.read(4096).decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, ""
-    except (OSError, ValueError) as error:  # of the connection; of what it sent
+    except (OSError, http.client.HTTPException) as error:
         return None, str(getattr(error, "reason", error))
 
 
