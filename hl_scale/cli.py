@@ -91,6 +91,33 @@ def plan(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="also checks what this YAML configuration needs")] = None,
+    overrides: Overrides = None,
+    storage: Annotated[list[Path] | None, typer.Option(help="also checks this directory; may be repeated")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="also tries its hosts (lines HOST slots=N)")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="also looks from every node of RAY_ADDRESS")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything as JSON")] = False,
+) -> None:
+    """Is this machine, this cluster, able to run it, and how to mend what is not; status 1 if there is a problem."""
+    from hl_scale.doctor import conclusion, examine, findings_as_dict, render_findings, worst
+
+    loaded = None if config is None else load_config(config, overrides or ())
+    found = []
+    with Console(stderr=True).status("checking") as status:
+        for finding in examine(loaded, storage=storage or (), hostfile=hostfile, cluster=cluster):
+            found.append(finding)
+            status.update(f"checking; done: {finding.check}")
+    if as_json:
+        print(json.dumps(findings_as_dict(found), indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(render_findings(found))
+        print(conclusion(found))
+    if worst(found) == "problem":
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     run: RunPath,
     control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,

@@ -1,12 +1,13 @@
 """What a run will need, worked out before anything runs and without weights."""
 
-from hl_scale.planning.memory import MemoryPlan, Phase, plan_memory
+from hl_scale.planning.memory import MemoryPlan, Phase, checkpoint_bytes, plan_memory
 from hl_scale.planning.report import as_dict, conclusions, gigabytes, parse_size, render_plan
 
 __all__ = [
     "MemoryPlan",
     "Phase",
     "as_dict",
+    "checkpoint_bytes",
     "conclusions",
     "gigabytes",
     "parse_size",

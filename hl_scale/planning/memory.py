@@ -135,6 +135,15 @@ def plan_memory(
     return replace(plan, capacity=capacity, largest_micro_batch=_largest_micro_batch(model, length, room))
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of one checkpoint on disk, of all ranks together; what `plan_memory` says, without the rest.
+
+    Raises:
+        ValueError: a base without a readable configuration, slots that do not exist.
+    """
+    return _Model(config, 1, "cpu").checkpoint
+
+
 def _largest_micro_batch(model: _Model, length: int, room: int) -> int:
     """Most pairs whose peak is within `room` bytes: peaks of large batches grow by the same amount with each pair."""
 
