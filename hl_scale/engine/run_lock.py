@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from hl_scale.config import ConfigError
 from hl_scale.engine import zero3
@@ -51,9 +51,10 @@ def _acquire(directory: Path, wait: float) -> FileLock | None:
             f"{directory} is in use by {_owner(directory)}\n"
             "  fix: wait until that run has ended, or end it; two runs need two directories (run.directory)"
         ) from None
-    except NotImplementedError:
+    if isinstance(lock, SoftFileLock):  # filelock's way out: a file that a killed process would leave behind for good
+        lock.release()
         logging.getLogger(__name__).warning(
-            "%s is on storage without file locks: nothing keeps a second run out of it", directory
+            "%s is on storage without flock: nothing keeps a second run out of it", directory
         )
         return None
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
