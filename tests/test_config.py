@@ -88,9 +88,9 @@ def test_all_problems_are_reported_at_once_with_path_value_reason_and_fix() -> N
     assert "use one of 'none' or 'cpu'" in message
 
 
-def test_workers_that_cannot_share_the_global_batch_are_refused() -> None:
-    message = complaint(cluster={"num_workers": [4, 8]}, training={"steps": 1, "global_batch_size": 32})
-    assert "allows 5, 6, 7 workers, which cannot share training.global_batch_size = 32 evenly" in message
+def test_a_range_of_workers_that_is_upside_down_is_refused() -> None:
+    message = complaint(cluster={"num_workers": [8, 4]}, training={"steps": 1, "global_batch_size": 32})
+    assert "cluster.num_workers = [8, 4]: the minimum is larger than the maximum" in message
 
 
 def test_the_help_text_of_a_field_is_the_fix() -> None:

@@ -1,26 +1,13 @@
-"""The whole configuration of a run: typed, strict, and free of torch.
+"""The sections of a configuration: names, types, defaults, and what may go together.
 
-Precedence, lowest first: the defaults below, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment
-variables, ``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are
-reported at once.
 The docstring under each field is its help text (``hl-scale schema`` prints them).
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import types
-import typing
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message lists every problem with its path, value, reason and fix."""
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -321,140 +308,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _every_group_shares_the_batch(self) -> Config:
-        workers, batch = self.cluster.num_workers, self.training.global_batch_size
-        low, high = workers if isinstance(workers, tuple) else (workers, workers)
-        uneven = [str(size) for size in range(low, high + 1) if batch % size]
-        if uneven:
-            raise ValueError(
-                f"cluster.num_workers allows {', '.join(uneven)} workers, which cannot share "
-                f"training.global_batch_size = {batch} evenly: give one number, or a batch that every size divides"
-            )
+    def _workers_are_a_range(self) -> Config:
+        workers = self.cluster.num_workers
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"cluster.num_workers = {list(workers)}: the minimum is larger than the maximum")
         return self
-
-
-def load_config(
-    path: str | os.PathLike[str],
-    overrides: typing.Sequence[str] = (),
-    environment: typing.Mapping[str, str] | None = None,
-) -> Config:
-    """Read a YAML file into a `Config`.
-
-    Args:
-        path: YAML file.
-        overrides: ``section.key=value`` strings; values are read as YAML.
-        environment: variables to read ``HL_SCALE_SECTION__KEY`` from; the process environment unless given.
-
-    Raises:
-        ConfigError: the file is missing or not a mapping, or any key or value is wrong; every problem is listed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"configuration file not found: {path}\n  fix: pass an existing file, for example one of configs/"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML:\n  {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
-    for keys, value in _environment_overrides(os.environ if environment is None else environment):
-        _assign(tree, keys, value)
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator or "." not in key:
-            raise ConfigError(f"override {item!r} is not of the form section.key=value")
-        _assign(tree, key.split("."), _parse_value(text, f"override {item!r}"))
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: typing.Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate a nested mapping; raise `ConfigError` that lists every problem found in it."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_describe(error, source)) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _environment_overrides(environment: typing.Mapping[str, str]) -> list[tuple[list[str], Any]]:
-    prefix = "HL_SCALE_"
-    found = []
-    for name, text in sorted(environment.items()):
-        if name.startswith(prefix) and "__" in name:
-            found.append((name[len(prefix) :].lower().split("__"), _parse_value(text, f"{name}={text!r}")))
-    return found
-
-
-def _parse_value(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} does not hold a YAML value:\n  {error}\n  fix: quote or complete it") from None
-
-
-def _assign(tree: dict[str, Any], keys: typing.Sequence[str], value: Any) -> None:
-    for key in keys[:-1]:
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"cannot set {'.'.join(keys)}: {key} is not a section")
-        tree = child
-    tree[keys[-1]] = value
-
-
-def _describe(error: ValidationError, source: str) -> str:
-    problems = error.errors(include_url=False)
-    lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
-    for problem in problems:
-        location = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-        value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
-        lines.append(f"  {location}{value[:120]}")
-        lines.append(f"    why: {problem['msg']}")
-        lines.append(f"    fix: {_fix(problem)}")
-    return "\n".join(lines)
-
-
-def _fix(problem: Any) -> str:
-    location = problem["loc"]
-    if problem["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        return f"did you mean {near[0]!r}?" if near else f"remove it; known keys here: {', '.join(known)}"
-    if problem["type"] == "missing":
-        return "add this key"
-    if problem["type"] == "literal_error":
-        return f"use one of {problem['ctx']['expected']}"
-    for end in range(len(location), 0, -1):  # an element of a tuple or a branch of a union has its field's help
-        field = _fields_at(location[: end - 1]).get(str(location[end - 1]))
-        if field is not None and field.description:
-            return str(field.description)
-    return "correct the value"
-
-
-def _fields_at(location: typing.Sequence[Any]) -> dict[str, Any]:
-    """Fields of the section that `location` points at, looking through tuples and unions."""
-    section: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        section = _section_in(field.annotation) if field is not None else None
-        if section is None:
-            return {}
-    return dict(section.model_fields)
-
-
-def _section_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for argument in typing.get_args(annotation):
-            found = _section_in(argument)
-            if found is not None:
-                return found
-    return None
