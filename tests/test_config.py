@@ -210,7 +210,7 @@ def test_a_configuration_cannot_be_changed_after_it_was_validated() -> None:
 
 
 def test_every_field_has_a_help_text() -> None:
-    from hl_scale.config import Config, Section
+    from hl_scale.config.sections import Config, Section
 
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
