@@ -38,7 +38,7 @@ from hl_scale.engine.checkpoint import (
     find,
     step_of,
 )
-from hl_scale.engine.zero3 import World
+from hl_scale.engine.zero3 import RankError, World
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class CheckpointWriter:
                     )
                     self._commit(staging, final, manifest)
                     self._retain(pending.step)
-        except CheckpointError:
+        except (CheckpointError, RankError):
             if self.world.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -94,6 +94,7 @@ def condition_effect(engine: Any, batch: AlignmentBatch, world: World) -> tuple[
     swapped = dataclasses.replace(batch, conditions=batch.conditions.roll(1, dims=0))
     with torch.no_grad():
         own, other = float(engine.module(batch)), float(engine.module(swapped))
+    engine.empty_partition_cache()  # ZeRO-3 keeps what was gathered for a backward pass, which does not come
     for rank, loss in enumerate(losses := zero3.gather_objects(own, world)):
         if not math.isclose(loss, losses[0], rel_tol=_SAME_LOSS) and not (math.isnan(loss) and math.isnan(losses[0])):
             raise TrainingAborted(
