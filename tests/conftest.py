@@ -167,9 +167,15 @@ def write_yaml() -> Callable[[Config, Path], Path]:
 
 @pytest.fixture(scope="session")
 def process_environment() -> dict[str, str]:
-    """Of launched processes: CPU accelerator, one thread, and nothing a process group of this process left behind."""
+    """Of launched processes: CPU accelerator, one thread, and nothing a process group of this process left behind.
+
+    There is no place to compile an operator to: training on CPUs must not need a compiler.
+    """
     inherited = {key: value for key, value in os.environ.items() if key not in _RENDEZVOUS}
-    return {**inherited, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **inherited, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_EXTENSIONS_DIR": os.devnull,
+    }  # fmt: skip
 
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -5,7 +5,6 @@ DeepSpeed is imported inside functions, because importing it probes accelerators
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import socket
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,22 +61,13 @@ def join_world() -> World:
 
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        # An all-reduce in shared memory that only tensor-parallel inference calls. It would be compiled at the first
+        # start, which needs ninja and a C++ compiler, and every later start waits for one that was killed meanwhile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
-    if not has_gpu and dist.get_world_size() > 1:
-        _unlink_shared_buffers()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def _unlink_shared_buffers() -> None:
-    """Give DeepSpeed's buffers in shared memory (69 MB a rank and port) back to the system when the ranks end.
-
-    Every rank has mapped them once the group is up, and needs their names no longer; DeepSpeed never removes them.
-    """
-    dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_"
-    for path in Path("/dev/shm").glob(f"{glob.escape(name)}*"):
-        path.unlink(missing_ok=True)
 
 
 def _refuse_lone_tasks() -> None:
