@@ -21,8 +21,11 @@ import pytest
 
 NAMES = ("node-1", "node-2")
 ADDRESSES = ("10.11.12.1", "10.11.12.2")
-PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "pdsh": "pdsh", "ssh": "openssh-client",
-            "sshd": "openssh-server", "ssh-keygen": "openssh-client"}  # fmt: skip
+PROGRAMS = {
+    "ip": "iproute2", "nsenter": "util-linux", "pdsh": "pdsh", "ssh": "openssh-client", "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server", "unshare": "util-linux",
+}  # fmt: skip
+"""What is called, and the Debian package it is in."""
 SEARCH_PATH = os.pathsep.join(
     [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"]
 )
@@ -99,11 +102,11 @@ def _two_hosts(directory: Path, variables_of_second: Mapping[str, str]) -> Itera
     _write_settings(directory, variables_of_second)
     with ExitStack() as stack:
         first, second = (stack.enter_context(_host(directory, *pair)) for pair in zip(NAMES, ADDRESSES, strict=True))
-        cable = f"ip link add eth0 netns {first.pid} type veth peer name eth0 netns {second.pid}"
-        subprocess.run(cable.split(), check=True)
+        commands = [f"ip link add eth0 netns {first.pid} type veth peer name eth0 netns {second.pid}"]
         for host in (first, second):
             setup = f"ip address add {host.address}/24 dev eth0 && ip link set eth0 up && ip link set lo up"
-            subprocess.run(["nsenter", f"--target={host.pid}", "--net", "sh", "-ec", setup], check=True)
+            commands.append(f"nsenter --target={host.pid} --net sh -ec '{setup}'")
+        subprocess.run(["sh", "-ec", "\n".join(commands)], env={"PATH": SEARCH_PATH}, check=True)
         yield first, second
 
 
@@ -147,29 +150,17 @@ def _host(directory: Path, name: str, address: str) -> Iterator[Host]:
         f"mount --bind {shlex.quote(str(directory / 'hosts'))} /etc/hosts",
         f"mount --bind {shlex.quote(str(directory / 'ssh'))} /etc/ssh",
         f"{shutil.which('sshd', path=SEARCH_PATH)} -o {keys} -E {shlex.quote(str(directory / name))}.log",
-        "echo ready $(readlink /proc/self)",
+        "echo ready",
         "exec cat",  # until standard input is closed; as the first process of its namespace it takes all others along
     ]
-    unshare = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--ipc",
-        "--mount",
-        "--pid",
-        "--mount-proc",
-        "--fork",
-        "--kill-child",
-        "sh",
-        "-ec",
-    ]
+    namespaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]
     process = subprocess.Popen(
-        [*unshare, "\n".join(setup)], env={"PATH": SEARCH_PATH}, text=True,
+        ["unshare", *namespaces, "sh", "-ec", "\n".join(setup)], env={"PATH": SEARCH_PATH}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        if not process.stdout.readline().startswith("ready"):
+        if process.stdout.readline() != "ready\n":
             raise OSError(f"{name} did not start: {process.wait()}")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         yield Host(name, address, int(children[0]))

@@ -25,18 +25,8 @@ def on_hosts(process_environment, tmp_path):
     hostfile.write_text("node-1 slots=1\nnode-2 slots=1\n")
     variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nTOKENIZERS_PARALLELISM=false\n")
     deepspeed = ["deepspeed", "--hostfile", str(hostfile)]
-    torchrun = [
-        "torchrun",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--max-restarts",
-        "1",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-    ]
+    torchrun = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"node-1:{PORT}"]
 
     def command(launcher, rank):
         if launcher == "deepspeed":
@@ -44,7 +34,7 @@ def on_hosts(process_environment, tmp_path):
         if launcher == "deepspeed --no_ssh":
             return [*deepspeed, "--no_ssh", "--node_rank", str(rank), "--master_addr", "node-1"], {}
         if launcher == "torchrun":
-            return [*torchrun, f"node-1:{PORT}"], {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            return torchrun, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         assert launcher == "variables"
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "node-1", "MASTER_PORT": str(PORT)}
         return ["python"], group | {"RANK": str(rank), "LOCAL_RANK": "0"}
