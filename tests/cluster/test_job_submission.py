@@ -122,7 +122,7 @@ def is_up(head: Head) -> bool:
 def stop(process: subprocess.Popen, variable: str) -> None:
     """End this head, not every Ray of the machine as `ray stop` would, and see that nothing of it is left."""
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
+    process.wait(timeout=120)
     deadline = time.monotonic() + 30
     while processes_with(variable) and time.monotonic() < deadline:
         time.sleep(0.2)  # between looks, not instead of them

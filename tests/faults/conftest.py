@@ -71,6 +71,11 @@ class Host:
                 found.append(int(entry.name))
         return found
 
+    def disconnect(self) -> None:
+        """Take this host's interface down: packets are lost, connections stay as they are."""
+        command = ["nsenter", f"--target={self.pid}", "--net", "ip", "link", "set", "eth0", "down"]
+        subprocess.run(command, env={"PATH": SEARCH_PATH}, check=True)
+
     def received_bytes(self) -> int:
         """Bytes that reached this host over the network since it exists."""
         for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():

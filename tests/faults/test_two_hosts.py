@@ -30,7 +30,7 @@ def on_hosts(process_environment, tmp_path):
 
     def command(launcher, rank):
         if launcher == "deepspeed":
-            return deepspeed, {"DS_ENV_FILE": str(variables)}
+            return deepspeed, {"DS_ENV_FILE": str(variables), "PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=10"}
         if launcher == "deepspeed --no_ssh":
             return [*deepspeed, "--no_ssh", "--node_rank", str(rank), "--master_addr", "node-1"], {}
         if launcher == "torchrun":
@@ -145,6 +145,23 @@ def test_a_rank_killed_under_deepspeed_ends_the_run_on_both_hosts(
         outputs_of(processes)
         assert processes[0].returncode not in (0, None)
         assert not any(host.ranks(SCRIPT) for host in hosts)
+
+
+def test_a_host_that_vanishes_ends_the_run_after_the_timeout(two_hosts, on_hosts, tiny_config, write_yaml, tmp_path):
+    """Without a word: its cable is pulled, so that no connection is closed."""
+    directory = tmp_path / "run"
+    settings = {"training.steps": 100_000, "training.keep_checkpoints": 2}
+    config = write_yaml(tiny_config(directory, settings), tmp_path / "config.yaml")
+    with (tmp_path / "deepspeed_env").open("a") as variables:
+        variables.write("DEEPSPEED_TIMEOUT=1\n")
+    with two_hosts() as hosts:
+        processes = on_hosts("deepspeed", hosts, "--config", str(config))
+        wait_for_steps(directory, 4, processes)
+        hosts[1].disconnect()
+        (output,) = outputs_of(processes)
+        assert processes[0].returncode not in (0, None)
+        assert "Timed out waiting 60000ms" in output
+        assert not hosts[0].ranks(SCRIPT)
 
 
 def test_hosts_leave_nothing_behind(two_hosts):
