@@ -169,7 +169,7 @@ def test_a_job_with_relative_paths_is_refused(head, tiny_config, write_yaml, tmp
 
 @pytest.mark.slow
 def test_the_demo_runs_to_its_end_as_a_submitted_job(head, losses_of, tmp_path):
-    """With the Makefile's settings: 4-bit Gemma 3 270M and 100 steps on two workers, 5 minutes on two free cores."""
+    """With the Makefile's settings: 4-bit Gemma 3 270M on two workers."""
     demo = re.search(r"^DEMO := data\.directory=(\S+) (.*)$", (ROOT / "Makefile").read_text(), re.M)
     data, settings = f"data.directory={ROOT / demo[1]}", demo[2].split()
     steps = int(re.search(r"training\.steps=(\d+)", demo[2])[1])
