@@ -1,6 +1,10 @@
 """Train on a Ray cluster (or on this machine, where no cluster is named by RAY_ADDRESS):
 
-ray job submit --working-dir . -- python launch/ray_train.py --config CONFIG [section.key=value ...]
+ray job submit --address http://127.0.0.1:8265 --working-dir . -- python launch/ray_train.py --config CONFIG \\
+    run.directory=/shared/runs/mine data.directory=/shared/data/mine [section.key=value ...]
+
+A submitted job runs in a temporary copy of the working directory: give absolute paths. docs/clusters.md says how to
+start Ray so that only holders of a token may submit.
 """
 
 from __future__ import annotations
