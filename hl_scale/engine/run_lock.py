@@ -16,6 +16,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from hl_scale.config import ConfigError
 from hl_scale.engine import zero3
+from hl_scale.engine.run import write_text
 from hl_scale.engine.zero3 import World
 
 LOCK, OWNER = ".lock", ".lock.json"
@@ -58,7 +59,7 @@ def _acquire(directory: Path, wait: float) -> FileLock | None:
         )
         return None
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    (directory / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+    write_text(directory / OWNER, json.dumps(owner))
     return lock
 
 

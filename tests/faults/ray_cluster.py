@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,8 @@ def main() -> None:
     def happen() -> None:
         try:
             getattr(events, what)()
-        except Exception as error:
-            events.error = repr(error)
+        except Exception:
+            events.error = traceback.format_exc()
 
     thread = threading.Thread(target=happen, daemon=True)
     if what != "nothing":
