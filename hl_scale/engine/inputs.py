@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,25 +43,25 @@ def check_agreement(config: Config, inputs: Inputs, world: World) -> None:
     Raises:
         ConfigError: on every rank, naming a rank that differs and in what.
     """
-    paths = {"run", "cluster"}  # where things are may differ between nodes
-    tree = {name: section for name, section in config.model_dump(mode="json").items() if name not in paths}
-    for section, key in (("data", "directory"), ("base", "model"), ("base", "cache_directory")):
-        tree[section].pop(key)
-    facts = {
-        "configuration": hashlib.sha256(json.dumps([tree, config.run.seed], sort_keys=True).encode()).hexdigest(),
-        "base model": inputs.base.fingerprint,
-        "frozen weights": str(zlib.crc32(json.dumps(inputs.base.checksums(), sort_keys=True).encode())),
-        "corpus": inputs.data_fingerprint,
+    paths = {"data.directory", "base.model", "base.cache_directory"}  # where things are may differ between nodes
+    settings = {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+        if section not in ("run", "cluster") and f"{section}.{key}" not in paths
     }
-    everywhere = zero3.gather_objects(facts, world)
+    facts = {"base model": inputs.base.fingerprint, "corpus": inputs.data_fingerprint}
+    everywhere = zero3.gather_objects((facts, {**settings, "run.seed": config.run.seed}), world)
     for rank, others in enumerate(everywhere):
-        for name, value in everywhere[0].items():
-            if others[name] != value:
-                raise ConfigError(
-                    f"rank {rank} has another {name} than rank 0 ({others[name]!r:.20} instead of {value!r:.20})\n"
-                    "  fix: give settings as section.key=value arguments (launchers do not pass variables to other "
-                    "nodes), and put run.directory and data.directory on storage that every node shares"
-                )
+        for own, first, kind in zip(others, everywhere[0], ("", "configuration"), strict=True):
+            for name, value in first.items():
+                if own[name] != value:
+                    what, detail = (kind, f": {name} = {own[name]!r}") if kind else (name, f": {own[name]!r:.20}")
+                    raise ConfigError(
+                        f"rank {rank} has another {what} than rank 0{detail} instead of {value!r:.80}\n"
+                        "  fix: give settings as section.key=value arguments (launchers do not pass variables to other "
+                        "nodes), and put run.directory and data.directory on storage that every node shares"
+                    )
 
 
 def find_checkpoint(config: Config, inputs: Inputs, world: World) -> tuple[checkpoint.Checkpoint | None, list[str]]:

@@ -226,7 +226,8 @@ def test_bfloat16_losses_are_finite_until_the_fault(ranks):
 def test_ranks_with_different_settings_refuse_before_anything_is_written(ranks):
     for answer in ranks.answers:
         assert answer["other_settings"]["error"] == "ConfigError"
-        assert "rank 1 has another configuration than rank 0" in answer["other_settings"]["message"]
+        message = answer["other_settings"]["message"]
+        assert "rank 1 has another configuration than rank 0: training.learning_rate = 0.5 instead of 0.01" in message
     assert not (ranks.root / "other_settings").exists()
 
 
