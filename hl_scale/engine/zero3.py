@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hl_scale.config import BaseModelConfig, ConfigError, TrainingConfig, Zero3Config
 from hl_scale.data.sampling import BatchPlan
+from hl_scale.engine.memory import return_freed, share_one_heap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -63,6 +64,8 @@ def join_world() -> World:
 
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        share_one_heap()
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
     if not has_gpu and dist.get_world_size() > 1:
         _unlink_shared_buffers()
@@ -155,8 +158,13 @@ def deepspeed_config(
 def build_engine(
     module: nn.Module, base: BaseModelConfig, training: TrainingConfig, zero3: Zero3Config, plan: BatchPlan
 ) -> Any:
-    """Hand the module's trainable parameters to a ZeRO-3 engine with torch's AdamW."""
+    """Hand the module's trainable parameters to a ZeRO-3 engine with torch's AdamW.
+
+    What loading and partitioning have freed goes back to the system, for the steps need the room.
+    """
     import deepspeed
+
+    return_freed()
 
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -168,6 +176,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(base, training, zero3, plan)
     )
+    return_freed()
     return engine
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from hl_scale.planning.memory import CUDA_RESERVE, MemoryPlan
+from hl_scale.planning.memory import CUDA_RESERVE
+from hl_scale.planning.phases import MemoryPlan
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

@@ -25,10 +25,12 @@ from hl_scale.base import AdaptedModel
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
 from hl_scale.objectives.alignment import AlignmentObjective
+from hl_scale.planning.heap import Heap
 
 ACTIVATIONS = "activations"
 FACTORS = "generated factors"
 GRADIENTS = "gradients of activations and factors"
+GAPS = "gaps in the heap"
 _UNCOUNTED = "dequantised weights"
 _LONGEST_CLOUD = 256
 
@@ -36,17 +38,22 @@ _LONGEST_CLOUD = 256
 class Allocations(TorchDispatchMode):
     """While active, counts the bytes of storages that operations create, by what they are for.
 
-    A meta tensor that code wants a number from gives `answer`.
+    Args:
+        answer: what code gets that asks a meta tensor for a truth value.
+        block: on CPUs, bytes from which a storage lies outside the heap; 0 for memory without gaps.
 
     Attributes:
         live: kind -> bytes alive now.
-        peak: kind -> bytes alive when their sum was largest.
+        peak: kind -> bytes alive when their sum was largest; with a heap, the gaps in it are a kind too.
+        heap: where smaller storages lie.
     """
 
-    def __init__(self, answer: bool = False) -> None:
+    def __init__(self, answer: bool = False, block: int = 0) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
+        self.heap = Heap()
+        self._block, self._in_heap = block, 0
         self.kind = ACTIVATIONS
         self._answer = answer
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -82,17 +89,30 @@ class Allocations(TorchDispatchMode):
         if any(isinstance(a, Tensor) and a.untyped_storage()._cdata == key for a in tree_leaves((args, kwargs))):
             return  # a view of, or an update to, something that was there before
         size, kind = storage.nbytes(), self.kind
-        self._seen[key] = weakref.ref(storage, partial(self._freed, key, size, kind))
+        place = None
+        if size < self._block and kind != _UNCOUNTED:
+            place = self.heap.take(size)
+            self._in_heap += size
+        self._seen[key] = weakref.ref(storage, partial(self._freed, key, size, kind, place))
         self.live[kind] += size
         self._note()
 
-    def _freed(self, key: int, size: int, kind: str, reference: Any) -> None:
+    def _freed(self, key: int, size: int, kind: str, place: int | None, reference: Any) -> None:
         self._seen.pop(key, None)
         self.live[kind] -= size
+        if place is not None:
+            self.heap.give_back(place)
+            self._in_heap -= size
+
+    def now(self) -> dict[str, int]:
+        """What is alive, and the gaps between."""
+        alive = {kind: size for kind, size in self.live.items() if kind != _UNCOUNTED}
+        return alive | {GAPS: self.heap.highest - self._in_heap} if self._block else alive
 
     def _note(self) -> None:
-        if _counted(self.live) > _counted(self.peak):
-            self.peak = {kind: size for kind, size in self.live.items() if kind != _UNCOUNTED}
+        now = self.now()
+        if sum(now.values()) > sum(self.peak.values()):
+            self.peak = now
 
 
 @contextmanager
@@ -140,27 +160,33 @@ class PassMemory:
         forward: when the forward pass holds most.
         kept: between the passes.
         backward: when the backward pass holds most.
+        heap: bytes of the heap that was used at some time; 0 without one.
     """
 
     forward: dict[str, int]
     kept: dict[str, int]
     backward: dict[str, int]
+    heap: int = 0
 
     def extended(self, smaller: PassMemory, times: float) -> PassMemory:
         """This and so many times what it takes more than a smaller pass."""
         moments = ((self.forward, smaller.forward), (self.kept, smaller.kept), (self.backward, smaller.backward))
-        return PassMemory(*({k: round(v + times * (v - w.get(k, 0))) for k, v in m.items()} for m, w in moments))
+        forward, kept, backward = ({k: round(v + times * (v - w.get(k, 0))) for k, v in m.items()} for m, w in moments)
+        return PassMemory(forward, kept, backward, round(self.heap + times * (self.heap - smaller.heap)))
 
 
-def trace_pass(base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, tokens: int, packed: bool) -> PassMemory:
+def trace_pass(
+    base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, tokens: int, packed: bool, block: int = 0
+) -> PassMemory:
     """A training pass over `pairs` texts of `tokens` tokens under as many conditions.
 
     Args:
         base: on the meta device (`outline_base`), or with weights, which gives the same numbers.
         hypernetwork: on the same device.
         packed: texts end to end instead of as rows.
+        block: see `Allocations`.
     """
-    memory = Allocations()
+    memory = Allocations(block=block)
     handles = [
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # buckets and partitions are counted elsewhere
         for parameter in hypernetwork.parameters()
@@ -172,11 +198,11 @@ def trace_pass(base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, token
                 conditions = torch.zeros(pairs, hypernetwork.condition_size, device=device)
                 factors = hypernetwork(conditions)
             states = _states(base, factors, pairs, tokens, packed)
-            forward, kept = memory.restart(), dict(memory.live)
+            forward, kept = memory.restart(), memory.now()
             del factors
             with memory.counting(GRADIENTS):
                 states.backward(torch.zeros_like(states))
-            return PassMemory(forward, kept, memory.peak)
+            return PassMemory(forward, kept, memory.peak, memory.heap.highest)
     finally:
         for handle in handles:
             handle.remove()
