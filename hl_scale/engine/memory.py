@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE_BLOCK = 1 << 20
 """Bytes from which `return_large_blocks` lets a block go back at once."""
 LARGEST_KEPT = 32 << 20
-"""Bytes from which glibc lets a freed block go back at once by itself, at most (DEFAULT_MMAP_THRESHOLD_MAX)."""
+"""Bytes from which `keep_blocks` does; glibc's own largest."""
 
 
 def share_one_heap() -> None:
@@ -23,6 +23,13 @@ def share_one_heap() -> None:
     moment and then keep the room for them: 50 MB a rank on Gemma 3 270M.
     """
     _mallopt(_M_ARENA_MAX, 1)
+    _mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+
+
+def keep_blocks() -> None:
+    """Keep freed blocks of up to 32 MiB for the next ones, as glibc does once it has seen one of that size."""
+    _mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)
+    _mallopt(_M_TRIM_THRESHOLD, 2 * LARGEST_KEPT)
 
 
 def return_freed() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hl_scale.config import BaseModelConfig, ConfigError, TrainingConfig, Zero3Config
 from hl_scale.data.sampling import BatchPlan
-from hl_scale.engine.memory import return_freed, share_one_heap
+from hl_scale.engine.memory import keep_blocks, return_freed, share_one_heap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -177,6 +177,8 @@ def build_engine(
         model=module, optimizer=optimizer, config=deepspeed_config(base, training, zero3, plan)
     )
     return_freed()
+    if base.placement == "replicated":
+        keep_blocks()
     return engine
 
 

@@ -25,12 +25,10 @@ from hl_scale.base import AdaptedModel
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
 from hl_scale.objectives.alignment import AlignmentObjective
-from hl_scale.planning.heap import Heap
 
 ACTIVATIONS = "activations"
 FACTORS = "generated factors"
 GRADIENTS = "gradients of activations and factors"
-GAPS = "gaps in the heap"
 _UNCOUNTED = "dequantised weights"
 _LONGEST_CLOUD = 256
 
@@ -40,20 +38,20 @@ class Allocations(TorchDispatchMode):
 
     Args:
         answer: what code gets that asks a meta tensor for a truth value.
-        block: on CPUs, bytes from which a storage lies outside the heap; 0 for memory without gaps.
+        block: on CPUs, bytes from which a storage lies outside the heap.
 
     Attributes:
         live: kind -> bytes alive now.
-        peak: kind -> bytes alive when their sum was largest; with a heap, the gaps in it are a kind too.
-        heap: where smaller storages lie.
+        peak: kind -> bytes alive when their sum was largest.
+        heap: most bytes alive in smaller storages.
     """
 
     def __init__(self, answer: bool = False, block: int = 0) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
-        self.heap = Heap()
-        self._block, self._in_heap = block, 0
+        self.heap = self._in_heap = 0
+        self._block = block
         self.kind = ACTIVATIONS
         self._answer = answer
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -89,30 +87,22 @@ class Allocations(TorchDispatchMode):
         if any(isinstance(a, Tensor) and a.untyped_storage()._cdata == key for a in tree_leaves((args, kwargs))):
             return  # a view of, or an update to, something that was there before
         size, kind = storage.nbytes(), self.kind
-        place = None
-        if size < self._block and kind != _UNCOUNTED:
-            place = self.heap.take(size)
-            self._in_heap += size
-        self._seen[key] = weakref.ref(storage, partial(self._freed, key, size, kind, place))
+        self._seen[key] = weakref.ref(storage, partial(self._freed, key, size, kind))
         self.live[kind] += size
+        if size < self._block and kind != _UNCOUNTED:
+            self._in_heap += size
+            self.heap = max(self.heap, self._in_heap)
         self._note()
 
-    def _freed(self, key: int, size: int, kind: str, place: int | None, reference: Any) -> None:
+    def _freed(self, key: int, size: int, kind: str, reference: Any) -> None:
         self._seen.pop(key, None)
         self.live[kind] -= size
-        if place is not None:
-            self.heap.give_back(place)
+        if size < self._block and kind != _UNCOUNTED:
             self._in_heap -= size
 
-    def now(self) -> dict[str, int]:
-        """What is alive, and the gaps between."""
-        alive = {kind: size for kind, size in self.live.items() if kind != _UNCOUNTED}
-        return alive | {GAPS: self.heap.highest - self._in_heap} if self._block else alive
-
     def _note(self) -> None:
-        now = self.now()
-        if sum(now.values()) > sum(self.peak.values()):
-            self.peak = now
+        if _counted(self.live) > _counted(self.peak):
+            self.peak = {kind: size for kind, size in self.live.items() if kind != _UNCOUNTED}
 
 
 @contextmanager
@@ -160,7 +150,7 @@ class PassMemory:
         forward: when the forward pass holds most.
         kept: between the passes.
         backward: when the backward pass holds most.
-        heap: bytes of the heap that was used at some time; 0 without one.
+        heap: the most in storages below `block`, at any time.
     """
 
     forward: dict[str, int]
@@ -198,11 +188,11 @@ def trace_pass(
                 conditions = torch.zeros(pairs, hypernetwork.condition_size, device=device)
                 factors = hypernetwork(conditions)
             states = _states(base, factors, pairs, tokens, packed)
-            forward, kept = memory.restart(), memory.now()
+            forward, kept = memory.restart(), dict(memory.live)
             del factors
             with memory.counting(GRADIENTS):
                 states.backward(torch.zeros_like(states))
-            return PassMemory(forward, kept, memory.peak, memory.heap.highest)
+            return PassMemory(forward, kept, memory.peak, memory.heap)
     finally:
         for handle in handles:
             handle.remove()
