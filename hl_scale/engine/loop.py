@@ -247,7 +247,7 @@ class _Loop:
         Raises:
             TrainingAborted: too many steps in a row were skipped; on every rank at once.
         """
-        started = time.perf_counter()
+        started, communicated = time.perf_counter(), zero3.communication()
         training = self.config.training
         rate = learning_rate(training, step)
         zero3.set_learning_rate(self.engine, rate)
@@ -282,7 +282,7 @@ class _Loop:
         }
         if hypernetwork.trunk_gradient_norm is not None:
             metrics["trunk_gradient_norm"] = hypernetwork.trunk_gradient_norm
-        return metrics
+        return metrics | zero3.communication_metrics(communicated, self.world)
 
     def collate(self, samples: np.ndarray) -> AlignmentBatch:
         """Sample numbers to a padded micro-batch with its distinct conditions."""

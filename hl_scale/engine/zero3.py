@@ -151,6 +151,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": base.compute_dtype == "bfloat16"},
         "zero_optimization": optimization,
+        "comms_logger": {"enabled": zero3.log_communication, "prof_all": True, "verbose": False},
         "steps_per_print": 10**9,
     }
 
@@ -191,6 +192,41 @@ def gradient_norm(engine: Any) -> float:
     """Global gradient norm of the last step, before clipping."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def communication() -> dict[str, dict[str, float]]:
+    """What DeepSpeed's collectives have sent so far; empty unless `zero3.log_communication` is on.
+
+    Returns:
+        name -> count, bytes that this rank sends at least (in a ring), and seconds. A gathering that is not waited for
+        at once has the seconds of its start alone.
+    """
+    from deepspeed.comm.comm import comms_logger
+
+    world = dist.get_world_size()
+    ring = {"all_gather_into_tensor": world - 1, "reduce_scatter_tensor": (world - 1) / world,
+            "all_reduce": 2 * (world - 1) / world}  # fmt: skip
+    found = {}
+    for name, by_size in comms_logger.comms_dict.items():
+        found[name] = {
+            "count": float(sum(record[0] for record in by_size.values())),
+            "bytes": ring.get(name, 0.0) * sum(size * record[0] for size, record in by_size.items()),
+            # Its timer is never reset: each latency is the sum of all so far, in milliseconds.
+            "seconds": max(record[1][-1] for record in by_size.values()) / 1000,
+        }
+    return found
+
+
+def communication_metrics(before: dict[str, dict[str, float]], world: World) -> dict[str, float]:
+    """Bytes and seconds (largest of all ranks) since an earlier `communication()`; collective if there are any."""
+    now = communication()
+    if not now:
+        return {}
+    sums = {
+        key: sum(entry[key] - before.get(name, {}).get(key, 0.0) for name, entry in now.items())
+        for key in ("bytes", "seconds")
+    }
+    return {f"communication_{key}": reduce_max(value, world) for key, value in sums.items()}
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

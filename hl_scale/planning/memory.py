@@ -159,8 +159,8 @@ class _Model:
         bare = self._bare(texts, tokens)
         traced = self._traced(pairs, tokens)
         whole, held = self._loaded(), self._held(tokens)
-        freed = {FREED: round((1 + GAPS) * (traced.heap + self._reused))} if self.on_cpu else {}
-        gaps = round(GAPS * (traced.heap + self._reused)) if self.on_cpu else 0
+        in_heap = traced.heap + self._reused if self.on_cpu else 0
+        gaps, freed = round(GAPS * in_heap), {FREED: round((1 + GAPS) * in_heap)}
         moved = self._moved_to_host(pairs, tokens)
         clouds = min(TEXTS_PER_CHUNK, config.data.training_sentences) * tokens * self.base.hidden_size * self.item
         yield Phase("load", {**whole, **self._reading()})
