@@ -13,8 +13,8 @@ from hl_scale.planning.step_time import StepPlan
 from hl_scale.planning.wire import WirePlan
 
 _NOT_COUNTED = (
-    "these are lower bounds: kernels reach a ceiling on large products alone, and passes over memory (dequantising, norms, "
-    "the optimizer), launches of Sinkhorn iterations and stragglers are not counted"
+    "these are lower bounds: kernels reach a ceiling on large products alone; passes over memory (dequantising, norms, "
+    "the optimizer), the launches of Sinkhorn iterations and stragglers are not counted"
 )
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
