@@ -22,18 +22,17 @@ import torch
 from torch import Tensor
 
 from hl_scale.base import QuantizedLinear
-from hl_scale.base.loading import local_directory, outline_base
+from hl_scale.base.loading import local_directory
 from hl_scale.base.quantized_linear import SharedInput
 from hl_scale.base.random_weights import is_random
-from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
 from hl_scale.engine.memory import LARGE_BLOCK, LARGEST_KEPT
 from hl_scale.engine.targets import CLOUDS_IN_MEMORY, TEXTS_PER_CHUNK, TEXTS_PER_PASS
-from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.kernels import quantize_nf4
 from hl_scale.objectives.alignment import AlignmentObjective
 from hl_scale.planning import tracing
+from hl_scale.planning.outline import outline
 from hl_scale.planning.phases import (
     BUCKETS,
     CONSTANTS,
@@ -134,11 +133,7 @@ class _Model:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.base = outline_base(config.base.model_copy(update={"offload_activations": False}), config.lora)
-        with torch.device("meta"):
-            self.hypernetwork = build_hypernetwork(
-                config.hypernetwork, config.lora, self.base.slots, typology.NUM_FEATURES
-            )
+        self.base, self.hypernetwork = outline(config)
         self.item = getattr(torch, config.base.compute_dtype).itemsize
         self.on_cpu = self.device == "cpu"
         self.layers = [layer for layer in self.base.linears.values() if isinstance(layer, QuantizedLinear)]

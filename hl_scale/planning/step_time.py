@@ -16,11 +16,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hl_scale.base import AdaptedModel
-from hl_scale.base.loading import outline_base
-from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
-from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
+from hl_scale.hypernetwork import Hypernetwork
+from hl_scale.planning.outline import outline
 from hl_scale.planning.tracing import trace_pass
 
 _MEASURED = 1536
@@ -80,9 +79,7 @@ def plan_step(
 ) -> StepPlan:
     """Count a step's operations; `sent` is `WirePlan.total`, other arguments as for `plan_memory` and `StepPlan`."""
     batch = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world_size)
-    base = outline_base(config.base.model_copy(update={"offload_activations": False}), config.lora)
-    with torch.device("meta"):
-        hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    base, hypernetwork = outline(config)
     length = min(tokens or config.data.maximum_tokens, base.context_length)
     counted = count_flops(base, hypernetwork, _PAIRS, length, config.training.packed)
     pairs = batch.accumulation * batch.micro_batch

@@ -24,11 +24,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from hl_scale.base import AdaptedModel
-from hl_scale.base.loading import outline_base
-from hl_scale.conditions import typology
 from hl_scale.config import Config, Zero3Config
 from hl_scale.data.sampling import plan_batches
-from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
+from hl_scale.hypernetwork import Hypernetwork
+from hl_scale.planning.outline import outline
 from hl_scale.planning.tracing import trace_pass
 
 BASE_FORWARD = "base gathered for forward"
@@ -70,9 +69,7 @@ def plan_wire(config: Config, world_size: int, *, tokens: int | None = None) -> 
     accumulation = plan_batches(
         config.training.global_batch_size, config.training.micro_batch_size, world_size
     ).accumulation
-    base = outline_base(config.base.model_copy(update={"offload_activations": False}), config.lora)
-    with torch.device("meta"):
-        hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    base, hypernetwork = outline(config)
     trained = list(hypernetwork.parameters())
     frozen: list[nn.Parameter] = []
     if config.base.placement == "zero3":
