@@ -26,14 +26,19 @@ PAIR = 3_100
 """Bytes of a training pair in memory: its texts, vector and order (14,000 pairs took 30 MB more than 4,200)."""
 
 
-@lru_cache
 def process_baseline(base: BaseModelConfig) -> int:
     """Resident bytes of a training process that holds no tensor, measured in a new process (some seconds).
 
     Raises:
         OSError: the process failed.
     """
-    command = [sys.executable, "-m", "hl_scale.planning.process", base.model_dump_json()]
+    deciding = {"model", "revision", "architecture", "trust_remote_code", "cache_directory"}
+    return _measured(base.model_dump_json(include=deciding))
+
+
+@lru_cache
+def _measured(base: str) -> int:
+    command = [sys.executable, "-m", "hl_scale.planning.process", base]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
