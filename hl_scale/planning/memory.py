@@ -155,7 +155,8 @@ class _Model:
         traced = self._traced(pairs, tokens)
         whole, held = self._loaded(), self._held(tokens)
         in_heap = traced.heap + self._reused if self.on_cpu else 0
-        gaps, freed = round(GAPS * in_heap), {FREED: round((1 + GAPS) * in_heap)}
+        kept = round((1 + GAPS) * max(in_heap, self._heap_of_shorter(pairs, tokens)))
+        gaps, freed = kept - in_heap, {FREED: kept}
         moved = self._moved_to_host(pairs, tokens)
         clouds = min(TEXTS_PER_CHUNK, config.data.training_sentences) * tokens * self.base.hidden_size * self.item
         yield Phase("load", {**whole, **self._reading()})
@@ -166,15 +167,16 @@ class _Model:
         before = freed if self._passes > 1 else {}
         yield Phase("embed", {**held, **before, GATHERED: self._embedding_gathered})
         yield Phase("forward", forward)
-        kept = {**traced.kept, tracing.ACTIVATIONS: traced.kept.get(tracing.ACTIVATIONS, 0) - moved}
-        kept |= {OBJECTIVE: pairs * self._objective(tokens), GATHERED: self._reused, FREED: gaps}
-        yield Phase("loss", {**held, **kept})
+        between = {**traced.kept, tracing.ACTIVATIONS: traced.kept.get(tracing.ACTIVATIONS, 0) - moved}
+        between |= {OBJECTIVE: pairs * self._objective(tokens), GATHERED: self._reused, FREED: gaps}
+        yield Phase("loss", {**held, **between})
         backward = {**traced.backward, tracing.ACTIVATIONS: traced.backward.get(tracing.ACTIVATIONS, 0) - moved}
         backward |= {GATHERED: self._gathered, DEQUANTIZED: self._dequantized, FREED: gaps}
         yield Phase("backward", {**held, **backward})
         reduced = self._bucket + self.copies * self._waiting
         gathered = 0 if self._reused else self._head_gathered
-        yield Phase("reduce", {**held, **freed, BUCKETS: reduced, GATHERED: gathered})
+        reducing = {BUCKETS: reduced, GATHERED: gathered, tracing.GRADIENTS: traced.reducing}
+        yield Phase("reduce", {**held, **freed, **reducing})
         stepped = {**held, **freed, BUCKETS: self._bucket, MOMENTS: 2 * self._optimizer}
         yield Phase("step", {**stepped, UPDATE: 3 * self._optimizer})
         if self.on_cpu:
@@ -184,6 +186,13 @@ class _Model:
     def _traced(self, pairs: int, tokens: int) -> tracing.PassMemory:
         """A training pass. Each pair takes the same, so large batches follow from two small ones."""
         return self._traced_with(pairs, tokens, pairs)
+
+    def _heap_of_shorter(self, pairs: int, tokens: int) -> int:
+        """Bytes that the longest texts leave in the heap whose hidden states are not blocks of their own yet."""
+        length = (LARGE_BLOCK - 1) // (pairs * self.base.hidden_size * self.item)
+        if not (self.on_cpu and self.partitioned and 0 < length < tokens):
+            return 0
+        return self._traced(pairs, length).heap + self._reused
 
     @lru_cache  # noqa: B019
     def _traced_with(self, pairs: int, tokens: int, real: int) -> tracing.PassMemory:

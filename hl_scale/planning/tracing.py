@@ -44,13 +44,14 @@ class Allocations(TorchDispatchMode):
         live: kind -> bytes alive now.
         peak: kind -> bytes alive when their sum was largest.
         heap: most bytes alive in smaller storages.
+        reducing: most bytes alive in others when `take_gradient` is called.
     """
 
     def __init__(self, answer: bool = False, block: int = 0) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
-        self.heap = self._in_heap = 0
+        self.heap = self._in_heap = self.reducing = 0
         self._block = block
         self.kind = ACTIVATIONS
         self._answer = answer
@@ -70,6 +71,11 @@ class Allocations(TorchDispatchMode):
         peak, self.peak = self.peak, {}
         self._note()
         return peak
+
+    def take_gradient(self, parameter: Tensor) -> None:
+        """Drop a gradient: buckets and partitions are counted elsewhere."""
+        self.reducing = max(self.reducing, _counted(self.live) - self._in_heap)
+        parameter.grad = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -151,18 +157,24 @@ class PassMemory:
         kept: between the passes.
         backward: when the backward pass holds most.
         heap: the most in storages below `block`, at any time.
+        reducing: the most outside the heap when a gradient of the hypernetwork is ready.
     """
 
     forward: dict[str, int]
     kept: dict[str, int]
     backward: dict[str, int]
     heap: int = 0
+    reducing: int = 0
 
     def extended(self, smaller: PassMemory, times: float) -> PassMemory:
         """This and so many times what it takes more than a smaller pass."""
         moments = ((self.forward, smaller.forward), (self.kept, smaller.kept), (self.backward, smaller.backward))
         forward, kept, backward = ({k: round(v + times * (v - w.get(k, 0))) for k, v in m.items()} for m, w in moments)
-        return PassMemory(forward, kept, backward, round(self.heap + times * (self.heap - smaller.heap)))
+        heap, reducing = (
+            round(most + times * (most - less))
+            for most, less in ((self.heap, smaller.heap), (self.reducing, smaller.reducing))
+        )
+        return PassMemory(forward, kept, backward, heap, reducing)
 
 
 def trace_pass(
@@ -178,8 +190,7 @@ def trace_pass(
     """
     memory = Allocations(block=block)
     handles = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # buckets and partitions are counted elsewhere
-        for parameter in hypernetwork.parameters()
+        parameter.register_post_accumulate_grad_hook(memory.take_gradient) for parameter in hypernetwork.parameters()
     ]
     device = next(base.parameters()).device
     try:
@@ -192,7 +203,7 @@ def trace_pass(
             del factors
             with memory.counting(GRADIENTS):
                 states.backward(torch.zeros_like(states))
-            return PassMemory(forward, kept, memory.peak, memory.heap)
+            return PassMemory(forward, kept, memory.peak, memory.heap, memory.reducing)
     finally:
         for handle in handles:
             handle.remove()
@@ -241,10 +252,6 @@ def _states(base: AdaptedModel, factors: Any, pairs: int, tokens: int, packed: b
     mask = torch.ones_like(ids)
     mask[:, -1] = 0  # texts of several lengths: attention then needs a mask
     return base.hidden_states(ids, mask, factors)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 @contextmanager
