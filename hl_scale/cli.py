@@ -72,22 +72,35 @@ def plan(
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="memory of one GPU, for example 80GiB: what fits?")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="of each text; data.maximum_tokens unless given")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="everything in bytes, as JSON")] = False,
+    matmul: Annotated[str | None, typer.Option(help="operations a second of large products, e.g. 620e12")] = None,
+    network: Annotated[str | None, typer.Option(help="bytes a second that a rank sends, for example 50GB/s")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="everything in bytes and seconds, as JSON")] = False,
 ) -> None:
-    """Memory of each rank by component and phase, before anything runs; needs the model's config.json, no weights."""
+    """Memory, traffic and time of a step for each rank before anything runs; needs config.json, no weights."""
+    from hl_scale import planning
     from hl_scale.engine.zero3 import default_device
-    from hl_scale.planning import as_dict, conclusions, parse_size, plan_memory, render_plan
 
-    capacity = None if gpu is None else parse_size(gpu)
+    capacity = None if gpu is None else planning.parse_size(gpu)
     device = default_device() if capacity is None else "cuda"
-    planned = plan_memory(
-        load_config(config, overrides or ()), world_size, device=device, tokens=tokens, capacity=capacity
+    rate = None if matmul is None else planning.parse_rate(matmul)
+    bandwidth = None if network is None else planning.parse_rate(network, "bytes/s")
+    loaded = load_config(config, overrides or ())
+    if matmul is None and device == "cpu":
+        rate = planning.measure_matmul()
+    memory = planning.plan_memory(loaded, world_size, device=device, tokens=tokens, capacity=capacity)
+    wire = planning.plan_wire(loaded, world_size, tokens=tokens)
+    step = planning.plan_step(
+        loaded, world_size, wire.total, tokens=tokens, matmul=rate, measured=matmul is None, network=bandwidth
     )
     if as_json:
-        print(json.dumps(as_dict(planned), indent=1))
+        print(json.dumps(planning.as_dict(memory, wire, step), indent=1))
         return
-    Console(width=None if sys.stdout.isatty() else 200).print(render_plan(planned))
-    print("\n".join(conclusions(planned)))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(planning.render_plan(memory))
+    print("\n".join(planning.conclusions(memory)))
+    if wire.total:
+        console.print(planning.render_wire(wire))
+    print("\n".join(planning.step_conclusions(step)))
 
 
 @app.command()

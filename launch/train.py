@@ -51,13 +51,18 @@ def main() -> int:
 
 def planned_memory(config: Config) -> int | None:
     """Peak bytes of each rank by `hl-scale plan`; None where there is none: training then says what is wrong."""
+    from hl_scale.engine.memory import return_freed
     from hl_scale.engine.zero3 import default_device
-    from hl_scale.planning import plan_memory
+    from hl_scale.planning import measure_process, plan_memory
 
+    device = default_device()
     try:
-        return plan_memory(config, int(os.environ.get("WORLD_SIZE", "1")), device=default_device()).peak
+        process = measure_process(config.base) if device == "cpu" else None  # it has done nothing else yet
+        return plan_memory(config, int(os.environ.get("WORLD_SIZE", "1")), device=device, process=process).peak
     except (ValueError, OSError):
         return None
+    finally:
+        return_freed()
 
 
 if __name__ == "__main__":

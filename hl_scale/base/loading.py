@@ -279,22 +279,27 @@ def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Ten
     shapes = {name: value.shape for name, value in (*model.named_parameters(), *model.named_buffers())}
     prefix = getattr(model, "base_model_prefix", "") + "."
     for file in files:
-        try:
-            shard = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise BaseModelError(f"{file} is damaged: {error}\n  fix: delete it and fetch the model again") from None
-        with shard:
-            for key in sorted(shard.keys()):
-                name = _match(key, prefix, shapes)
-                if name is None:
-                    continue
+        for key in _keys(file):
+            name = _match(key, prefix, shapes)
+            if name is None:
+                continue
+            # Opened anew for each tensor: pages of a file that stays mapped count as memory of the process.
+            with safe_open(file, framework="pt") as shard:
                 tensor = shard.get_tensor(key)
-                if tensor.shape != shapes[name]:
-                    raise BaseModelError(
-                        f"{file}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shapes[name])}"
-                        "\n  fix: weights and config.json must come from the same model"
-                    )
-                yield name, tensor
+            if tensor.shape != shapes[name]:
+                raise BaseModelError(
+                    f"{file}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shapes[name])}"
+                    "\n  fix: weights and config.json must come from the same model"
+                )
+            yield name, tensor
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return sorted(shard.keys())
+    except SafetensorError as error:
+        raise BaseModelError(f"{file} is damaged: {error}\n  fix: delete it and fetch the model again") from None
 
 
 def _match(key: str, prefix: str, known: Container[str]) -> str | None:

@@ -33,12 +33,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768,
     },
+    "llama-70b": {  # config.json of meta-llama/Llama-2-70b-hf
+        "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
+    },
     "mistral-tiny": {
         "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
     },
 }  # fmt: skip
-"""Keyword arguments of transformers' MistralConfig by name; `mistral-tiny` is for tests."""
+"""Keyword arguments of transformers' MistralConfig by name (without a window, its blocks are those of Llama);
+`mistral-tiny` is for tests."""
 
 _LARGEST = 127
 _PIECE = 1 << 16

@@ -252,6 +252,9 @@ class Zero3Config(Section):
     """Gathered parameters that are needed again within this many elements stay; 0 frees each after use."""
     overlap_communication: bool = False
     """Overlap gradient reduction with backward (useful on GPUs)."""
+    log_communication: bool = False
+    """Count and time DeepSpeed's collectives; metrics gain communication_bytes and communication_seconds of each step.
+    Each collective then waits for the device, which slows training."""
 
 
 WorkerCount = Annotated[int, Field(ge=1)]

@@ -271,7 +271,7 @@ class _Loop:
         Raises:
             TrainingAborted: too many steps in a row were skipped; on every rank at once.
         """
-        started = time.perf_counter()
+        started, communicated = time.perf_counter(), zero3.communication()
         rate = learning_rate(self.config.training, step)
         zero3.set_learning_rate(self.engine, rate)
         skipped_before = self.engine.skipped_steps
@@ -309,7 +309,7 @@ class _Loop:
         }
         if hypernetwork.trunk_gradient_norm is not None:
             metrics["trunk_gradient_norm"] = hypernetwork.trunk_gradient_norm
-        return metrics
+        return metrics | zero3.communication_metrics(communicated, self.world)
 
     def collate(self, samples: np.ndarray) -> AlignmentBatch:
         """Sample numbers to a padded micro-batch with its distinct conditions."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hl_scale.config import BaseModelConfig, ConfigError, TrainingConfig, Zero3Config
 from hl_scale.data.sampling import BatchPlan
+from hl_scale.engine.memory import keep_blocks, return_freed, share_one_heap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -63,6 +64,7 @@ def join_world() -> World:
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
+        share_one_heap()
         # An all-reduce in shared memory that only tensor-parallel inference calls. It would be compiled at the first
         # start, which needs ninja and a C++ compiler, and every later start waits for one that was killed meanwhile.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -146,6 +148,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": base.compute_dtype == "bfloat16"},
         "zero_optimization": optimization,
+        "comms_logger": {"enabled": zero3.log_communication, "prof_all": True, "verbose": False},
         "steps_per_print": 10**9,
     }
 
@@ -153,8 +156,13 @@ def deepspeed_config(
 def build_engine(
     module: nn.Module, base: BaseModelConfig, training: TrainingConfig, zero3: Zero3Config, plan: BatchPlan
 ) -> Any:
-    """Hand the module's trainable parameters to a ZeRO-3 engine with torch's AdamW."""
+    """Hand the module's trainable parameters to a ZeRO-3 engine with torch's AdamW.
+
+    What loading and partitioning have freed goes back to the system, for the steps need the room.
+    """
     import deepspeed
+
+    return_freed()
 
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -166,6 +174,9 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(base, training, zero3, plan)
     )
+    return_freed()
+    if base.placement == "replicated":
+        keep_blocks()
     return engine
 
 
@@ -190,6 +201,41 @@ def gradient_norm(engine: Any) -> float:
     """Global gradient norm of the last step, before clipping."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def communication() -> dict[str, dict[str, float]]:
+    """What DeepSpeed's collectives have sent so far; empty unless `zero3.log_communication` is on.
+
+    Returns:
+        name -> count, bytes that this rank sends at least (in a ring), and seconds. A gathering that is not waited for
+        at once has the seconds of its start alone.
+    """
+    from deepspeed.comm.comm import comms_logger
+
+    world = dist.get_world_size()
+    ring = {"all_gather_into_tensor": world - 1, "reduce_scatter_tensor": (world - 1) / world,
+            "all_reduce": 2 * (world - 1) / world}  # fmt: skip
+    found = {}
+    for name, by_size in comms_logger.comms_dict.items():
+        found[name] = {
+            "count": float(sum(record[0] for record in by_size.values())),
+            "bytes": ring.get(name, 0.0) * sum(size * record[0] for size, record in by_size.items()),
+            # Its timer is never reset: each latency is the sum of all so far, in milliseconds.
+            "seconds": max(record[1][-1] for record in by_size.values()) / 1000,
+        }
+    return found
+
+
+def communication_metrics(before: dict[str, dict[str, float]], world: World) -> dict[str, float]:
+    """Bytes and seconds (largest of all ranks) since an earlier `communication()`; collective if there are any."""
+    now = communication()
+    if not now:
+        return {}
+    sums = {
+        key: sum(entry[key] - before.get(name, {}).get(key, 0.0) for name, entry in now.items())
+        for key in ("bytes", "seconds")
+    }
+    return dict(zip((f"communication_{key}" for key in sums), reduce_max(list(sums.values()), world), strict=True))
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

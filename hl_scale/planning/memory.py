@@ -2,105 +2,71 @@
 
 Sizes of what is held follow from shapes, placement and world size (ZeRO-3 cuts every parameter into equal parts,
 rounded up). Activations, generated factors and their gradients come from running the real forward and backward pass
-without data (`tracing`). What a process needs before it holds any tensor is read off this process, which has loaded the
-same libraries. Nothing is fitted to a run.
+without data (`tracing`). What a process needs before it holds any tensor is measured (`process`).
+
+On CPUs resident memory is planned. There a block that was freed stays with the process unless it is large
+(`engine.memory`): what backward frees is still there when gradients are reduced and weights updated, with the gaps
+between such blocks.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hl_scale.base import QuantizedLinear
-from hl_scale.base.loading import local_directory, outline_base
+from hl_scale.base.loading import local_directory
 from hl_scale.base.quantized_linear import SharedInput
 from hl_scale.base.random_weights import is_random
-from hl_scale.conditions import typology
-from hl_scale.config import BaseModelConfig, Config
+from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
-from hl_scale.engine.memory import resident_bytes
+from hl_scale.engine.memory import LARGE_BLOCK, LARGEST_KEPT
 from hl_scale.engine.targets import CLOUDS_IN_MEMORY, TEXTS_PER_CHUNK, TEXTS_PER_PASS
-from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.kernels import quantize_nf4
 from hl_scale.objectives.alignment import AlignmentObjective
 from hl_scale.planning import tracing
+from hl_scale.planning.outline import outline
+from hl_scale.planning.phases import (
+    BUCKETS,
+    CONSTANTS,
+    COPIES,
+    DEQUANTIZED,
+    FREED,
+    GATHERED,
+    MASTER,
+    MOMENTS,
+    OBJECTIVE,
+    OTHER,
+    PACKED,
+    PARAMETERS,
+    PARTITIONS,
+    PROCESS,
+    READING,
+    TARGETS,
+    UPDATE,
+    MemoryPlan,
+    Phase,
+)
+from hl_scale.planning.process import PAIR, process_baseline
 
 CUDA_RESERVE = 1 << 30
 """Bytes of a GPU that are not tensors: context, cuBLAS and NCCL buffers. Assumed."""
 
+GAPS = 0.35
+"""Bytes of gaps in the heap for each byte of a pass's blocks in it. Measured (mallinfo2 between the passes of Gemma 3
+270M, 8 pairs of 23 to 44 tokens: 0.32 to 0.40): a block does not fit into the gap that one of its size has left, for
+glibc wants room to align it."""
+
 _REFINEMENTS = 3
 _MOST_PAIRS = 1 << 16
 _LARGEST_TRACED = 4
-
-PROCESS = "process and tokenizer"
-PACKED = "packed base"
-CONSTANTS = "block constants"
-OTHER = "embeddings, norms, biases"
-PARAMETERS = "hypernetwork parameters"
-MASTER = "master weights"
-MOMENTS = "Adam moments"
-PARTITIONS = "gradient partitions"
-GATHERED = "gathered weights"
-DEQUANTIZED = "dequantised weight"
-BUCKETS = "gradients being reduced"
-TARGETS = "frozen targets"
-OBJECTIVE = "Sinkhorn divergence"
-READING = "weights being read"
-UPDATE = "update being computed"
-COPIES = "copies being written"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What one rank holds when this part of a run holds most: component -> bytes."""
-
-    name: str
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The memory of each rank.
-
-    Attributes:
-        world_size: ranks.
-        device: "cpu" (resident memory of the process) or "cuda" (tensors on the GPU).
-        micro_batch, tokens: pairs of a pass and tokens of each text, of which all are assumed to be that long.
-        phases: in the order of a run.
-        checkpoint: bytes of one checkpoint on disk, of all ranks together.
-        capacity: bytes of a GPU, if given.
-        largest_micro_batch: pairs of a pass that fit into `capacity`; 0 if none do, None if no capacity was given.
-    """
-
-    world_size: int
-    device: str
-    micro_batch: int
-    tokens: int
-    phases: tuple[Phase, ...]
-    checkpoint: int
-    capacity: int | None = None
-    largest_micro_batch: int | None = None
-
-    @property
-    def largest(self) -> Phase:
-        """The phase that decides."""
-        return max(self.phases, key=lambda phase: phase.total)
-
-    @property
-    def peak(self) -> int:
-        """Bytes of each rank at most."""
-        return self.largest.total
 
 
 def plan_memory(
@@ -110,6 +76,7 @@ def plan_memory(
     device: str = "cpu",
     tokens: int | None = None,
     capacity: int | None = None,
+    process: int | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a training run.
 
@@ -119,12 +86,14 @@ def plan_memory(
         device: "cpu" or "cuda".
         tokens: of each text, special tokens included; `data.maximum_tokens` unless given.
         capacity: bytes of a GPU, to find the largest micro-batch for.
+        process: bytes of a process on a CPU without tensors; measured in a new process unless given.
 
     Raises:
-        ValueError: ranks that cannot share the batch, a base without a readable configuration, slots that do not exist.
+        ValueError: a base without a readable configuration, slots that do not exist.
+        OSError: no process could be started to measure.
     """
     batch = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world_size)
-    model = _Model(config, world_size, device)
+    model = _Model(config, world_size, device, process)
     length = min(tokens or config.data.maximum_tokens, model.base.context_length)
     plan = MemoryPlan(
         world_size, device, batch.micro_batch, length, model.phases(batch.micro_batch, length), model.checkpoint
@@ -162,25 +131,6 @@ def _largest_micro_batch(model: _Model, length: int, room: int) -> int:
     return guess
 
 
-def process_baseline(base: BaseModelConfig) -> int:
-    """Resident bytes of this process with the libraries of training, and with the tokenizer if its files are here."""
-    for module in ("deepspeed", "hl_scale.engine.loop", "pyarrow.parquet"):
-        importlib.import_module(module)
-    gc.collect()
-    directory = local_directory(base)
-    if directory is None:
-        return resident_bytes()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
-    except (OSError, ValueError):  # a directory that holds config.json alone
-        tokenizer = None
-    size = resident_bytes()
-    del tokenizer
-    return size
-
-
 @dataclass(eq=False)
 class _Model:
     """Base and hypernetwork without weights, and the sizes that follow from them."""
@@ -188,14 +138,11 @@ class _Model:
     config: Config
     world_size: int
     device: str
+    process: int | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        self.base = outline_base(config.base.model_copy(update={"offload_activations": False}), config.lora)
-        with torch.device("meta"):
-            self.hypernetwork = build_hypernetwork(
-                config.hypernetwork, config.lora, self.base.slots, typology.NUM_FEATURES
-            )
+        self.base, self.hypernetwork = outline(config)
         self.item = getattr(torch, config.base.compute_dtype).itemsize
         self.on_cpu = self.device == "cpu"
         self.layers = [layer for layer in self.base.linears.values() if isinstance(layer, QuantizedLinear)]
@@ -215,24 +162,31 @@ class _Model:
         texts = min(TEXTS_PER_PASS, config.data.training_sentences)
         bare = self._bare(texts, tokens)
         traced = self._traced(pairs, tokens)
-        whole, held = self._loaded(), self._held()
+        whole, held = self._loaded(), self._held(tokens)
+        in_heap = traced.heap + self._reused if self.on_cpu else 0
+        kept = round((1 + GAPS) * max(in_heap, self._heap_of_shorter(pairs, tokens)))
+        gaps, freed = kept - in_heap, {FREED: kept}
         moved = self._moved_to_host(pairs, tokens)
         clouds = min(TEXTS_PER_CHUNK, config.data.training_sentences) * tokens * self.base.hidden_size * self.item
         yield Phase("load", {**whole, **self._reading()})
         targets = {tracing.ACTIVATIONS: bare, TARGETS: clouds if self.on_cpu else 0}
         yield Phase("targets", {**whole, **targets, DEQUANTIZED: self._dequantized})
         yield Phase("partition", {**whole, **self._partitioning()})
-        forward = {**held, **traced.forward, GATHERED: self._gathered, DEQUANTIZED: self._dequantized}
-        yield Phase("embed", {**held, GATHERED: self._embedding_gathered})
+        forward = {**held, **traced.forward, GATHERED: self._gathered, DEQUANTIZED: self._dequantized, FREED: gaps}
+        before = freed if self._passes > 1 else {}
+        yield Phase("embed", {**held, **before, GATHERED: self._embedding_gathered})
         yield Phase("forward", forward)
-        kept = {**traced.kept, tracing.ACTIVATIONS: traced.kept.get(tracing.ACTIVATIONS, 0) - moved}
-        yield Phase("loss", {**held, **kept, OBJECTIVE: pairs * self._objective(tokens), GATHERED: self._reused})
+        between = {**traced.kept, tracing.ACTIVATIONS: traced.kept.get(tracing.ACTIVATIONS, 0) - moved}
+        between |= {OBJECTIVE: pairs * self._objective(tokens), GATHERED: self._reused, FREED: gaps}
+        yield Phase("loss", {**held, **between})
         backward = {**traced.backward, tracing.ACTIVATIONS: traced.backward.get(tracing.ACTIVATIONS, 0) - moved}
-        backward |= {GATHERED: self._gathered, DEQUANTIZED: self._dequantized}
-        yield Phase("backward", {**held, **backward, BUCKETS: 0 if self.on_cpu else self._bucket})
+        backward |= {GATHERED: self._gathered, DEQUANTIZED: self._dequantized, FREED: gaps}
+        yield Phase("backward", {**held, **backward})
         reduced = self._bucket + self.copies * self._waiting
-        yield Phase("reduce", {**held, BUCKETS: reduced, GATHERED: self._head_gathered})
-        stepped = {**held, MOMENTS: 2 * self._optimizer}
+        gathered = 0 if self._reused else self._head_gathered
+        reducing = {BUCKETS: reduced, GATHERED: gathered, tracing.GRADIENTS: traced.reducing}
+        yield Phase("reduce", {**held, **freed, **reducing})
+        stepped = {**held, **freed, BUCKETS: self._bucket, MOMENTS: 2 * self._optimizer}
         yield Phase("step", {**stepped, UPDATE: 3 * self._optimizer})
         if self.on_cpu:
             yield Phase("save", {**stepped, COPIES: 3 * self._optimizer})
@@ -240,10 +194,23 @@ class _Model:
     @lru_cache  # noqa: B019
     def _traced(self, pairs: int, tokens: int) -> tracing.PassMemory:
         """A training pass. Each pair takes the same, so large batches follow from two small ones."""
+        return self._traced_with(pairs, tokens, pairs)
+
+    def _heap_of_shorter(self, pairs: int, tokens: int) -> int:
+        """Bytes that the longest texts leave in the heap whose hidden states are not blocks of their own yet."""
+        length = (LARGE_BLOCK - 1) // (pairs * self.base.hidden_size * self.item)
+        if not (self.on_cpu and self.partitioned and 0 < length < tokens):
+            return 0
+        return self._traced(pairs, length).heap + self._reused
+
+    @lru_cache  # noqa: B019
+    def _traced_with(self, pairs: int, tokens: int, real: int) -> tracing.PassMemory:
+        """Blocks of fewer pairs are small where they are small with so many as there really are."""
         if pairs <= _LARGEST_TRACED:
-            return tracing.trace_pass(self.base, self.hypernetwork, pairs, tokens, self.config.training.packed)
+            block = (LARGE_BLOCK if self.partitioned else LARGEST_KEPT) * pairs // real if self.on_cpu else 0
+            return tracing.trace_pass(self.base, self.hypernetwork, pairs, tokens, self.config.training.packed, block)
         half = _LARGEST_TRACED // 2
-        small, large = self._traced(half, tokens), self._traced(_LARGEST_TRACED, tokens)
+        small, large = (self._traced_with(count, tokens, real) for count in (half, _LARGEST_TRACED))
         return large.extended(small, (pairs - _LARGEST_TRACED) / half)
 
     @lru_cache  # noqa: B019
@@ -264,8 +231,8 @@ class _Model:
         other = _bytes([*self._others, *self._buffers])
         return {PROCESS: self._process, PACKED: _bytes(self.packed), CONSTANTS: self._constants, OTHER: other}
 
-    def _held(self) -> dict[str, int]:
-        """What stays from step to step."""
+    def _held(self, tokens: int) -> dict[str, int]:
+        """What stays from step to step; what the first step brings is there before it where there are more."""
         sizes = self._loaded()
         if self.partitioned:
             other = self._partition(self._others) + _bytes(self._buffers)
@@ -273,14 +240,14 @@ class _Model:
         later = self.config.training.steps > 1
         sentences = min(CLOUDS_IN_MEMORY, self.config.data.training_sentences)
         sentences = min(sentences, self.config.training.steps * self.config.training.global_batch_size)
-        length = min(self.config.data.maximum_tokens, self.base.context_length)
         return sizes | {
             DEQUANTIZED: self._dequantized if self.on_cpu else 0,
             PARAMETERS: self._partition(self.trained),
             MASTER: self._optimizer,
             PARTITIONS: self.item * self._part,
             MOMENTS: 2 * self._optimizer if later else 0,
-            TARGETS: sentences * length * self.base.hidden_size * self.item if self.on_cpu else 0,
+            BUCKETS: self._bucket if later or not self.on_cpu else 0,
+            TARGETS: sentences * tokens * self.base.hidden_size * self.item if self.on_cpu else 0,
         }
 
     def _partition(self, parameters: Iterable[Tensor]) -> int:
@@ -308,9 +275,9 @@ class _Model:
             return {}
         shape = max((layer.constants.shape for layer in self.layers), key=math.prod)
         workspace = tracing.trace_call(lambda: quantize_nf4(torch.empty(shape, dtype=torch.bfloat16, device="meta")))
-        directory = local_directory(self.config.base)
-        files = [] if directory is None else [path.stat().st_size for path in directory.glob("*.safetensors")]
-        return {READING: workspace + (max(files, default=0) if self.on_cpu else 0)}
+        directory = local_directory(self.config.base) if self.on_cpu else None
+        files = [] if directory is None else directory.glob("*.safetensors")
+        return {READING: workspace + max(map(_largest_tensor, files), default=0)}
 
     def _moved_to_host(self, pairs: int, tokens: int) -> int:
         """Bytes between blocks that wait in host memory, where that is not the device's own."""
@@ -321,7 +288,12 @@ class _Model:
 
     @cached_property
     def _process(self) -> int:
-        return process_baseline(self.config.base) if self.on_cpu else 0
+        if not self.on_cpu:
+            return 0
+        data = self.config.data
+        rows = len(data.training_varieties) if data.mode == "named" else data.variants_per_sentence
+        pairs = data.training_sentences * (rows + data.identity_per_sentence)
+        return (self.process or process_baseline(self.config.base)) + pairs * PAIR
 
     @cached_property
     def _others(self) -> list[Tensor]:
@@ -415,3 +387,11 @@ class _Model:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _largest_tensor(file: Path) -> int:
+    """Bytes of the largest tensor in a safetensors file, from its header."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    return max((end - start for start, end in (entry["data_offsets"] for entry in header.values())), default=0)

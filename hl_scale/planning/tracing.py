@@ -36,17 +36,23 @@ _LONGEST_CLOUD = 256
 class Allocations(TorchDispatchMode):
     """While active, counts the bytes of storages that operations create, by what they are for.
 
-    A meta tensor that code wants a number from gives `answer`.
+    Args:
+        answer: what code gets that asks a meta tensor for a truth value.
+        block: on CPUs, bytes from which a storage lies outside the heap.
 
     Attributes:
         live: kind -> bytes alive now.
         peak: kind -> bytes alive when their sum was largest.
+        heap: most bytes alive in smaller storages.
+        reducing: most bytes alive in others when `take_gradient` is called.
     """
 
-    def __init__(self, answer: bool = False) -> None:
+    def __init__(self, answer: bool = False, block: int = 0) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
+        self.heap = self._in_heap = self.reducing = 0
+        self._block = block
         self.kind = ACTIVATIONS
         self._answer = answer
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -66,6 +72,11 @@ class Allocations(TorchDispatchMode):
         self._note()
         return peak
 
+    def take_gradient(self, parameter: Tensor) -> None:
+        """Drop a gradient: buckets and partitions are counted elsewhere."""
+        self.reducing = max(self.reducing, _counted(self.live) - self._in_heap)
+        parameter.grad = None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer if args[0].dtype == torch.bool else args[0].dtype.is_floating_point * 1.0
@@ -84,11 +95,16 @@ class Allocations(TorchDispatchMode):
         size, kind = storage.nbytes(), self.kind
         self._seen[key] = weakref.ref(storage, partial(self._freed, key, size, kind))
         self.live[kind] += size
+        if size < self._block and kind != _UNCOUNTED:
+            self._in_heap += size
+            self.heap = max(self.heap, self._in_heap)
         self._note()
 
     def _freed(self, key: int, size: int, kind: str, reference: Any) -> None:
         self._seen.pop(key, None)
         self.live[kind] -= size
+        if size < self._block and kind != _UNCOUNTED:
+            self._in_heap -= size
 
     def _note(self) -> None:
         if _counted(self.live) > _counted(self.peak):
@@ -140,30 +156,41 @@ class PassMemory:
         forward: when the forward pass holds most.
         kept: between the passes.
         backward: when the backward pass holds most.
+        heap: the most in storages below `block`, at any time.
+        reducing: the most outside the heap when a gradient of the hypernetwork is ready.
     """
 
     forward: dict[str, int]
     kept: dict[str, int]
     backward: dict[str, int]
+    heap: int = 0
+    reducing: int = 0
 
     def extended(self, smaller: PassMemory, times: float) -> PassMemory:
         """This and so many times what it takes more than a smaller pass."""
         moments = ((self.forward, smaller.forward), (self.kept, smaller.kept), (self.backward, smaller.backward))
-        return PassMemory(*({k: round(v + times * (v - w.get(k, 0))) for k, v in m.items()} for m, w in moments))
+        forward, kept, backward = ({k: round(v + times * (v - w.get(k, 0))) for k, v in m.items()} for m, w in moments)
+        heap, reducing = (
+            round(most + times * (most - less))
+            for most, less in ((self.heap, smaller.heap), (self.reducing, smaller.reducing))
+        )
+        return PassMemory(forward, kept, backward, heap, reducing)
 
 
-def trace_pass(base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, tokens: int, packed: bool) -> PassMemory:
+def trace_pass(
+    base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, tokens: int, packed: bool, block: int = 0
+) -> PassMemory:
     """A training pass over `pairs` texts of `tokens` tokens under as many conditions.
 
     Args:
         base: on the meta device (`outline_base`), or with weights, which gives the same numbers.
         hypernetwork: on the same device.
         packed: texts end to end instead of as rows.
+        block: see `Allocations`.
     """
-    memory = Allocations()
+    memory = Allocations(block=block)
     handles = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # buckets and partitions are counted elsewhere
-        for parameter in hypernetwork.parameters()
+        parameter.register_post_accumulate_grad_hook(memory.take_gradient) for parameter in hypernetwork.parameters()
     ]
     device = next(base.parameters()).device
     try:
@@ -176,7 +203,7 @@ def trace_pass(base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, token
             del factors
             with memory.counting(GRADIENTS):
                 states.backward(torch.zeros_like(states))
-            return PassMemory(forward, kept, memory.peak)
+            return PassMemory(forward, kept, memory.peak, memory.heap, memory.reducing)
     finally:
         for handle in handles:
             handle.remove()
@@ -225,10 +252,6 @@ def _states(base: AdaptedModel, factors: Any, pairs: int, tokens: int, packed: b
     mask = torch.ones_like(ids)
     mask[:, -1] = 0  # texts of several lengths: attention then needs a mask
     return base.hidden_states(ids, mask, factors)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 @contextmanager

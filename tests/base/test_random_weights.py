@@ -121,8 +121,8 @@ def test_texts_become_their_bytes():
     ("model", "expected"),
     [
         ("random:mistral-8b", "did you mean random:mistral-7b?"),
-        ("random:", "random:mistral-7b, random:mistral-tiny"),
-        ("random:gpt", "random:mistral-7b, random:mistral-tiny"),
+        ("random:", "random:mistral-7b, random:llama-70b, random:mistral-tiny"),
+        ("random:gpt", "random:mistral-7b, random:llama-70b, random:mistral-tiny"),
         ("random:mistral-tiny:one", "no whole number"),
     ],
 )

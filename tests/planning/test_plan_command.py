@@ -43,6 +43,30 @@ def test_overrides_come_after_the_file(plan):
     assert cut["device"] == "cuda" and cut["largest_micro_batch"] > 1
 
 
+def test_ceilings_bound_the_step(plan):
+    given = ("--world-size", "2", "--gpu", "80GiB", "--matmul", "620TFLOP/s", "--network", "50GB/s")
+    _, out, _ = plan(*given, "--json")
+    step = json.loads(out)["step"]
+    assert step["compute_seconds"] == pytest.approx(step["flops"] / 620e12)
+    assert step["wire_seconds"] == pytest.approx(json.loads(out)["wire"]["sent_bytes"]["sum"] / 50e9)
+    assert step["overlapped_seconds"] == max(step["compute_seconds"], step["wire_seconds"])
+    assert step["sequential_seconds"] == step["compute_seconds"] + step["wire_seconds"]
+    assert step["tokens_per_second"][0] == pytest.approx(8 * 16 / step["overlapped_seconds"])
+    _, out, _ = plan(*given)
+    assert "lower bounds" in out and "tokens a second" in out and "gradients reduced" in out
+
+
+def test_without_ceilings_a_gpu_gets_operations_and_bytes_alone(plan):
+    _, out, _ = plan("--world-size", "2", "--gpu", "80GiB")
+    assert "floating-point operations" in out and "lower bounds" not in out
+
+
+def test_on_a_cpu_the_rate_of_products_is_measured(plan):
+    _, out, _ = plan("--world-size", "2", "--json")
+    step = json.loads(out)["step"]
+    assert step["matmul_measured"] and step["compute_seconds"] > 0 and step["wire_seconds"] is None
+
+
 def test_a_gpu_that_is_too_small_is_said_to_be(plan):
     status, out, _ = plan("--world-size", "2", "--gpu", "1GiB")
     assert status == 0 and "does NOT fit" in out and "base.placement=zero3" in out
@@ -54,7 +78,8 @@ def test_a_gpu_that_is_too_small_is_said_to_be(plan):
         (("--world-size", "2", "base.model=random:mistral-7"), "did you mean random:mistral-7b?"),
         (("--world-size", "2", "base.model=./nowhere"), "is not a directory"),
         (("--world-size", "2", "--gpu", "80 apples"), "write it as 80GiB"),
-        (("--world-size", "3"), "cannot be shared evenly by 3 ranks"),
+        (("--world-size", "2", "--matmul", "fast"), "write it as 620e12"),
+        (("--world-size", "2", "--network", "50 apples"), "write it as 50GB/s"),
         (("--world-size", "2", "lora.target_modules=[query]"), "its linear layers are called"),
     ],
 )
