@@ -247,6 +247,7 @@ class _Model:
             PARTITIONS: self.item * self._part,
             MOMENTS: 2 * self._optimizer if later else 0,
             BUCKETS: self._bucket if later or not self.on_cpu else 0,
+            COPIES: 3 * self._optimizer if self.on_cpu and self.config.training.save_in_background else 0,
             TARGETS: sentences * tokens * self.base.hidden_size * self.item if self.on_cpu else 0,
         }
 

@@ -26,6 +26,7 @@ from hl_scale.cluster.ray_train import train_on_ray
 from hl_scale.config import load_config
 
 DEADLINE = 240
+RAY = str(Path(sys.executable).parent / "ray")
 
 
 class Events:
@@ -78,11 +79,16 @@ class Events:
     def remove_node(self) -> None:
         self.cluster.remove_node(self.nodes.pop())
 
+    def add_node(self) -> None:
+        """As on another machine: `ray start`, until this process group ends."""
+        command = [RAY, "start", "--address", self.cluster.address, "--num-cpus", "1", "--block"]
+        subprocess.Popen(command)
+
     def elastic(self) -> None:
         self.until(lambda: self.step() >= 30)
         self.disturbed("node removed", self.remove_node)
         self.until(lambda: self.step() >= 60)
-        self.disturbed("node added", lambda: self.nodes.append(self.cluster.add_node(num_cpus=1)))
+        self.disturbed("node added", self.add_node)
 
     def kill(self) -> None:
         self.until(lambda: self.step() >= 30)
@@ -96,7 +102,7 @@ class Events:
         """As a cloud does it: the node is announced to go, and goes when the time is up."""
         self.until(lambda: self.step() >= 10)
         drain = [
-            str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.cluster.address,
+            RAY, "drain-node", "--address", self.cluster.address,
             "--node-id", self.nodes[-1].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
             "--reason-message", "spot", "--deadline-remaining-seconds", "20",
         ]  # fmt: skip
