@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hl_scale.config import load_config
 from hl_scale.engine import zero3
-from hl_scale.engine.loop import train
+from hl_scale.engine.loop import Hooks, train
 
 
 def main() -> None:
     answers: dict[str, list] = {}
     for name, path in json.loads(Path(sys.argv[2]).read_text()).items():
         seen = answers[name] = []
-        train(load_config(path), on_checkpoint=lambda *_, seen=seen: seen.append(zero3.communication()))
+        train(load_config(path), hooks=Hooks(on_step=lambda *_, seen=seen: bool(seen.append(zero3.communication()))))
         if os.environ["RANK"] == "0":
             Path(sys.argv[3]).write_text(json.dumps(answers))
 

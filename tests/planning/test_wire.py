@@ -21,6 +21,7 @@ SCENARIOS = {
     "no prefetch": {**ZERO3, "zero3.maximum_reuse_distance": 0, "zero3.prefetch_bucket_size": 0},
     "some reuse": {**ZERO3, "zero3.maximum_reuse_distance": 20_000, "zero3.prefetch_bucket_size": 5_000},
     "recomputed": {**ZERO3, "zero3.maximum_reuse_distance": 0, "base.gradient_checkpointing": True},
+    "tiled": {**ZERO3, "base.mlp_tile_tokens": 3},
     "generated per block": {
         **ZERO3, "zero3.maximum_reuse_distance": 0, "base.gradient_checkpointing": True,
         "hypernetwork.generate_per_block": True,
@@ -35,7 +36,7 @@ def logged(request, tiny_config, write_yaml, launch, tmp_path_factory):
     configs = {
         name: tiny_config(
             root / name,
-            {"training.steps": STEPS, "training.save_every": 1, "zero3.log_communication": True, **settings},
+            {"training.steps": STEPS, "training.save_every": STEPS, "zero3.log_communication": True, **settings},
         )
         for name, settings in SCENARIOS.items()
     }
