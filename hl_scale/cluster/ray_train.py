@@ -127,7 +127,11 @@ def _worker(tree: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
 
+    from hl_scale.engine.checkpoint import CheckpointError
+    from hl_scale.engine.health import TrainingAborted
     from hl_scale.engine.loop import Hooks, train
+    from hl_scale.engine.run_lock import RunInUse
+    from hl_scale.engine.zero3 import is_on_all_ranks
 
     def report(step: int, directory: Path, metrics: dict[str, float]) -> None:
         ray.train.report({"step": step, "loss": metrics["loss"], "checkpoint": str(directory)})
@@ -135,7 +139,13 @@ def _worker(tree: dict[str, Any]) -> dict[str, Any]:
     config = parse_config(tree)
     try:
         result = train(config, hooks=Hooks(on_step=_Preemption(), on_checkpoint=report))
-    except (ValueError, OSError) as error:  # returned by all workers alike: raised, it would make Ray try again
+    except Exception as error:
+        # What all workers know of is for the user to mend: raised, it would make Ray try again. A run directory that is
+        # still held, as by a process of a lost node whose lease has not run out, is worth another try.
+        if isinstance(error, RunInUse) or not (
+            is_on_all_ranks(error) or isinstance(error, ConfigError | CheckpointError | TrainingAborted)
+        ):
+            raise
         return {"error": str(error)}
     return {
         "step": result.step,

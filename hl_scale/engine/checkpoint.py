@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -72,6 +72,14 @@ class Manifest(_Strict):
     version: str | None = None
     """Of this package."""
 
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Manifest:
+        if len(self.shards) != self.world_size:
+            raise ValueError(f"{len(self.shards)} shards of {self.world_size} ranks")
+        if self.skipped_steps > self.step:
+            raise ValueError(f"{self.skipped_steps} of {self.step} steps were skipped")
+        return self
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -92,6 +100,14 @@ class Checkpoint:
     def loss(self) -> float:
         """Loss of the last step."""
         return math.nan if self.manifest.loss is None else self.manifest.loss
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that can be used, if any, and name -> what is wrong of those that were passed over."""
+
+    checkpoint: Checkpoint | None
+    damaged: dict[str, str]
 
 
 def find(directory: Path) -> list[Path]:
@@ -123,10 +139,14 @@ def newest(directory: Path, step: int | None = None) -> tuple[Checkpoint | None,
     return None, problems
 
 
-def newest_together(directory: Path, world: World) -> tuple[Checkpoint | None, list[str]]:
+def newest_together(directory: Path, world: World) -> Found:
     """As `newest`, the shards to verify shared out over the ranks; the same on every rank; collective."""
-    names = zero3.gather_objects([path.name for path in find(directory)], world)[0]
-    problems: list[str] = []
+    listed: list[str] = []
+    with zero3.together(world):
+        if world.is_main:
+            listed = [path.name for path in find(directory)]
+    names = zero3.gather_objects(listed, world)[0]
+    damaged: dict[str, str] = {}
     for name in reversed(names):
         found: Checkpoint | None = None
         problem = None
@@ -136,9 +156,9 @@ def newest_together(directory: Path, world: World) -> tuple[Checkpoint | None, l
             problem = str(error)
         everywhere = zero3.gather_objects(problem, world)
         if not any(everywhere):
-            return found, problems
-        problems.append("; ".join(sorted({text for text in everywhere if text})))
-    return None, problems
+            return Found(found, damaged)
+        damaged[name] = "; ".join(sorted({text for text in everywhere if text}))
+    return Found(None, damaged)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -168,6 +188,8 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> Checkpoint:
         CheckpointError: unreadable manifest, missing shard, wrong size or hash.
     """
     manifest = read_manifest(path)
+    if manifest.step != step_of(path):
+        raise CheckpointError(f"{path} holds the checkpoint of step {manifest.step}; give it back its name")
     for number, entry in enumerate(manifest.shards):
         shard = path / entry.name
         if not shard.is_file():
@@ -227,7 +249,10 @@ class Shards:
         """Random states of one rank, as `checkpoint_writer.random_states` gave them; empty for format 1."""
         entry = self.checkpoint.manifest.shards[rank]
         keys = [key for key in list(self._open(entry).keys()) if key.startswith("random|")]
-        return {key.removeprefix("random|"): self._open(entry).get_tensor(key) for key in keys}
+        try:
+            return {key.removeprefix("random|"): self._open(entry).get_tensor(key) for key in keys}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.checkpoint.directory / entry.name}: {error}") from None
 
     def _slice(self, entry: ShardEntry, key: str, size: int) -> Any:
         file = self._open(entry)

@@ -5,16 +5,19 @@
 3. All exchange (name, bytes, sha256); rank 0 writes the manifest, forces it to disk and renames the directory.
 4. Rank 0 replaces LATEST and removes what the retention policy gives up.
 
-Nothing before the rename is visible under a checkpoint's name. Threads use no collectives, so that every backend can
-train meanwhile; one checkpoint is under way at a time, which bounds memory to one copy.
+Nothing before the rename is visible under a checkpoint's name. Before 1 and 3, rank 0 sees that the run directory is
+still its own: a process that was held up for long may find that another run has begun there. Threads use no
+collectives, so that every backend can train meanwhile; one checkpoint is under way at a time, which bounds memory to
+one copy.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +41,10 @@ from hl_scale.engine.checkpoint import (
     find,
     step_of,
 )
+from hl_scale.engine.run_lock import Claim
 from hl_scale.engine.zero3 import RankError, World
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,24 @@ class CheckpointWriter:
         directory: the run's `checkpoints` directory, shared by all ranks.
         world: this process.
         retention: what stays.
+        claim: this group's hold on the run directory.
+        damaged: names of checkpoints that were passed over; they do not count as kept.
         commit: "rename": shards are written to a hidden directory, which gets its name when all is there. "manifest":
             they are written where they belong, and the manifest, written last, makes them a checkpoint: for object
             stores mounted as a file system, which cannot rename a directory in one operation.
     """
 
     def __init__(
-        self, directory: Path, world: World, retention: Retention, commit: Literal["rename", "manifest"] = "rename"
+        self,
+        directory: Path,
+        world: World,
+        retention: Retention,
+        claim: Claim,
+        commit: Literal["rename", "manifest"] = "rename",
+        damaged: Iterable[str] = (),
     ) -> None:
         self.directory, self.world, self.retention, self.commit = directory, world, retention, commit
+        self.claim, self.damaged = claim, frozenset(damaged)
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -110,6 +125,7 @@ class CheckpointWriter:
         shapes = zero3.full_shapes(engine.module)
         with zero3.together(self.world), _writing(step):
             if self.world.is_main:
+                self._check_claim()
                 self._prepare(staging, 4 * 3 * sum(map(_count, shapes.values())))
         tensors = {f"{name}|{kind}": t for name, kinds in partitions.items() for kind, t in kinds.items()}
         tensors |= {f"random|{name}": state for name, state in random_states().items()}
@@ -132,6 +148,7 @@ class CheckpointWriter:
             entries = zero3.gather_objects(entry, self.world)
             with zero3.together(self.world), _writing(pending.step):
                 if self.world.is_main:
+                    self._check_claim()
                     manifest = Manifest(
                         step=pending.step,
                         world_size=self.world.size,
@@ -140,13 +157,15 @@ class CheckpointWriter:
                         **pending.details,
                     )
                     self._commit(staging, final, manifest)
-                    self._retain(pending.step)
         except (CheckpointError, RankError):
-            if self.world.is_main:
-                shutil.rmtree(staging, ignore_errors=True)
+            if self.world.is_main and (staging != final or not (final / MANIFEST).is_file()):
+                _remove(staging)
             raise
         finally:
             self._pending = None
+        if self.world.is_main:
+            self._point_at(final)
+            self._retain(pending.step)
         return final
 
     def close(self) -> None:
@@ -154,12 +173,20 @@ class CheckpointWriter:
         self._thread.shutdown(wait=True)
 
     def _staging(self, step: int) -> Path:
-        return self.directory / (f".step-{step:06d}.tmp" if self.commit == "rename" else f"step-{step:06d}")
+        name = f"step-{step:06d}"
+        return self.directory / (f".{name}.{self.claim.token}.tmp" if self.commit == "rename" else name)
+
+    def _check_claim(self) -> None:
+        if not self.claim.holds():
+            raise CheckpointError(
+                f"another run has taken {self.directory.parent} over while this one was held up\n"
+                "  fix: nothing; this one must not write there any more"
+            )
 
     def _prepare(self, staging: Path, needed: int) -> None:
         """Sweep what killed processes left, make the directory, and see that there is room."""
         for stale in self.directory.glob(".step-*"):
-            shutil.rmtree(stale)
+            _remove(stale)
         if staging.exists():  # a damaged checkpoint, or shards that no manifest followed
             _discard(staging)
         staging.mkdir(parents=True)
@@ -169,22 +196,30 @@ class CheckpointWriter:
             raise OSError(f"{needed:,} bytes are needed in {self.directory}, {free:,} are free")
 
     def _commit(self, staging: Path, final: Path, manifest: Manifest) -> None:
-        """Write the manifest and give the directory its name, then point LATEST at it."""
-        _write_text(staging / MANIFEST, manifest.model_dump_json(indent=1))
+        """Write the manifest and give the directory its name."""
+        unfinished = staging / f".{MANIFEST}"
+        _write_text(unfinished, manifest.model_dump_json(indent=1))
+        os.replace(unfinished, staging / MANIFEST)
         _flush(staging)
         if staging != final:
             if final.exists():  # damaged, and passed over when this run resumed
                 _discard(final)
             os.rename(staging, final)
         _flush(final.parent)
+
+    def _point_at(self, final: Path) -> None:
+        """Replace LATEST. The checkpoint is valid without: a failure is only told."""
         temporary = self.directory / f".{LATEST}.tmp"
-        _write_text(temporary, final.name + "\n")
-        os.replace(temporary, self.directory / LATEST)
-        _flush(self.directory)
+        try:
+            _write_text(temporary, final.name + "\n")
+            os.replace(temporary, self.directory / LATEST)
+            _flush(self.directory)
+        except OSError as error:
+            _LOG.warning("%s still names an older checkpoint than %s: %s", self.directory / LATEST, final.name, error)
 
     def _retain(self, step: int) -> None:
-        # Newer ones, if any, were passed over as damaged when this run resumed: they do not count.
-        for old in self.retention.expendable([path for path in find(self.directory) if step_of(path) <= step]):
+        good = [path for path in find(self.directory) if step_of(path) <= step and path.name not in self.damaged]
+        for old in self.retention.expendable(good):
             _discard(old)
 
 
@@ -245,7 +280,18 @@ def _discard(path: Path) -> None:
     except OSError:  # where directories cannot be renamed, it stops being a checkpoint with its manifest
         (path / MANIFEST).unlink(missing_ok=True)
         hidden = path
-    shutil.rmtree(hidden)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or a link to one; what cannot be removed is only told."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        _LOG.warning("%s was not removed: %s", path, error)
 
 
 def _count(shape: list[int]) -> int:

@@ -64,23 +64,23 @@ def check_agreement(config: Config, inputs: Inputs, world: World) -> None:
                     )
 
 
-def find_checkpoint(config: Config, inputs: Inputs, world: World) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+def find_checkpoint(config: Config, inputs: Inputs, world: World) -> checkpoint.Found:
     """The checkpoint to go on from, and what was wrong with newer ones; the same on every rank; collective.
 
     Raises:
         CheckpointError: there are checkpoints and none can be used, or the newest is of another base, corpus or
             settings.
     """
-    found, problems = checkpoint.newest_together(Path(config.run.directory) / "checkpoints", world)
-    if found is None and problems:
-        listed = "\n  ".join(problems)
+    found = checkpoint.newest_together(Path(config.run.directory) / "checkpoints", world)
+    if found.checkpoint is None and found.damaged:
+        listed = "\n  ".join(found.damaged.values())
         raise checkpoint.CheckpointError(
             f"no checkpoint of {config.run.directory} can be used:\n  {listed}\n"
             "  fix: restore one of them, or choose another run.directory to start over; nothing was changed"
         )
-    if found is not None:
-        _check_origin(found, config, inputs)
-    return found, problems
+    if found.checkpoint is not None:
+        _check_origin(found.checkpoint, config, inputs)
+    return found
 
 
 def _check_origin(found: checkpoint.Checkpoint, config: Config, inputs: Inputs) -> None:

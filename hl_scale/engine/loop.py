@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from hl_scale.engine.interruption import stop_on_signal
 from hl_scale.engine.memory import peak_bytes, return_large_blocks
 from hl_scale.engine.progress import Reporter, check_loggers
 from hl_scale.engine.run import check_run_directory, open_run_directory, settings_fingerprint
-from hl_scale.engine.run_lock import check_shared, exclusive
+from hl_scale.engine.run_lock import Claim, check_shared, exclusive
 from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
 from hl_scale.engine.watchdog import Watchdog
@@ -76,36 +77,40 @@ def train(config: Config, *, hooks: Hooks | None = None, stop_at: int | None = N
         ConfigError: settings that cannot work, before anything is trained.
         TrainingAborted: too many non-finite steps in a row, nothing was learnt, or ranks that differ.
     """
-    check_loggers(config.training.loggers)
     world = zero3.join_world()
-    if config.base.placement == "zero3":
-        return_large_blocks()
-    with zero3.together(world):
-        inputs = load_inputs(config, world)
-    check_agreement(config, inputs, world)
     directory = Path(config.run.directory)
-    with exclusive(directory, world), Watchdog(config.training.hang_timeout_seconds, directory, world.rank) as watchdog:
-        check_shared(directory, world)
-        found, problems = find_checkpoint(config, inputs, world)
-        reporter = None
+    with Watchdog(config.training.hang_timeout_seconds, directory, world.rank) as watchdog:
+        if config.base.placement == "zero3":
+            return_large_blocks()
+        watchdog.beat("loading the base and the corpus")
         with zero3.together(world):
-            if world.is_main:
-                check_run_directory(config)  # again, for another run may have been there first
-                open_run_directory(config)
-                reporter = _open_reporter(config, found, problems)
-        try:
-            loop = _prepare(config, world, inputs, found, watchdog)
-            result = loop.run(reporter, hooks or Hooks(), stop_at)
+            check_loggers(config.training.loggers)
+            inputs = load_inputs(config, world)
+        check_agreement(config, inputs, world)
+        watchdog.beat("taking the run directory")
+        with exclusive(directory, world) as claim:
+            check_shared(directory, world)
+            watchdog.beat("verifying checkpoints")
+            found = find_checkpoint(config, inputs, world)
+            reporter = None
             with zero3.together(world):
-                inputs.base.verify(loop.checksums)
-            return result
-        finally:
-            if reporter is not None:
-                reporter.close()
+                if world.is_main:
+                    check_run_directory(config)  # again, for another run may have been there first
+                    open_run_directory(config)
+                    reporter = _open_reporter(config, found)
+            try:
+                loop = _prepare(config, world, inputs, found, watchdog, claim)
+                result = loop.run(reporter, hooks or Hooks(), stop_at)
+                with zero3.together(world):
+                    inputs.base.verify(loop.checksums)
+                return result
+            finally:
+                if reporter is not None:
+                    reporter.close()
 
 
 def _prepare(
-    config: Config, world: World, inputs: Inputs, found: checkpoint.Checkpoint | None, watchdog: Watchdog
+    config: Config, world: World, inputs: Inputs, found: checkpoint.Found, watchdog: Watchdog, claim: Claim
 ) -> _Loop:
     """Frozen targets, hypernetwork and engine, at the checkpoint's state if there is one; collective."""
     objective = AlignmentObjective(config.objective)
@@ -117,31 +122,45 @@ def _prepare(
             print(f"computing frozen targets: {done}/{total} chunks", flush=True)
 
     targets.prepare([pair.standard for pair in inputs.pairs], world, progress)
+    watchdog.beat("waiting for other ranks' frozen targets")
+    zero3.gather_objects(None, world)
     watchdog.beat("building the engine")
     torch.manual_seed(config.run.seed)
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, inputs.base.slots, typology.NUM_FEATURES)
     partitioned, packed = config.base.placement == "zero3", config.training.packed
     module = TrainingModule(hypernetwork, inputs.base, objective, partitioned, packed).to(world.device)
     zero3.gather_at_once(mlp.module for mlp in inputs.base.tiled_mlps)
-    if found is not None:
-        checkpoint.load_weights(module, found)
+    last = found.checkpoint
+    with zero3.together(world):
+        if last is not None:
+            checkpoint.load_weights(module, last)
     plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world.size)
     engine = zero3.build_engine(module, config.base, config.training, config.zero3, plan)
-    if found is not None:
-        with checkpoint.Shards(found) as shards:
-            zero3.restore_partitions(engine, shards.read, found.step - found.skipped_steps, world)
-            states = shards.random_states(world.rank) if found.manifest.world_size == world.size else {}
-        if states:
-            restore_random_states(states)
-    return _Loop(config, world, plan, engine, inputs, targets, found, watchdog)
+    watchdog.beat("restoring the optimizer")
+    with zero3.together(world):
+        if last is not None:
+            with checkpoint.Shards(last) as shards:
+                zero3.restore_partitions(engine, shards.read, last.step - last.skipped_steps, world)
+                states = shards.random_states(world.rank) if last.manifest.world_size == world.size else {}
+            if states:
+                restore_random_states(states)
+    writer = CheckpointWriter(
+        Path(config.run.directory) / "checkpoints",
+        world,
+        Retention(config.training.keep_checkpoints, config.training.keep_every),
+        claim,
+        config.training.commit,
+        found.damaged,
+    )
+    return _Loop(config, world, plan, engine, inputs, targets, last, watchdog, writer)
 
 
-def _open_reporter(config: Config, found: checkpoint.Checkpoint | None, problems: list[str]) -> Reporter:
-    training, start = config.training, found.step if found is not None else 0
+def _open_reporter(config: Config, found: checkpoint.Found) -> Reporter:
+    training, start = config.training, found.checkpoint.step if found.checkpoint is not None else 0
     reporter = Reporter(
         Path(config.run.directory), training.steps, start, training.loggers, config.model_dump(mode="json")
     )
-    for problem in problems:
+    for problem in found.damaged.values():
         reporter.say(f"checkpoint passed over: {problem}")
     if start:
         reporter.say(f"resuming from step {start}")
@@ -161,17 +180,12 @@ class _Loop:
         targets: TargetCache,
         found: checkpoint.Checkpoint | None,
         watchdog: Watchdog,
+        writer: CheckpointWriter,
     ) -> None:
         self.config, self.world, self.plan, self.engine = config, world, plan, engine
         self.inputs, self.targets, self.found, self.watchdog = inputs, targets, found, watchdog
         self.directory = Path(config.run.directory)
-        training = config.training
-        self.writer = CheckpointWriter(
-            self.directory / "checkpoints",
-            world,
-            Retention(training.keep_checkpoints, training.keep_every),
-            training.commit,
-        )
+        self.writer = writer
         self.checksums = inputs.base.checksums()
         self.saved = found.directory if found is not None else self.directory
         self.skipped_steps = found.skipped_steps if found is not None else 0
@@ -184,7 +198,7 @@ class _Loop:
         step = found.step if found is not None else 0
         end = min(training.steps, stop_at) if stop_at is not None else training.steps
         say = reporter.say if reporter is not None else lambda text: None
-        with stop_on_signal() as stop_requested:
+        with stop_on_signal() as stop_requested, closing(self.writer):
             while step < end:
                 metrics = self.step(step, stop_requested)
                 step += 1
@@ -201,12 +215,11 @@ class _Loop:
                     self._commit(hooks, metrics)
                 if due:
                     self._save(step, metrics["loss"], say)
-                    if last or not training.save_in_background:
+                    if last or asked or not training.save_in_background:
                         self._commit(hooks, metrics)
                 if self.interrupted:
                     say(f"interrupted: saved step {step}; run the same command to go on")
                     break
-        self.writer.close()
         (peak,) = zero3.reduce_max([peak_bytes(self.world.device)], self.world)
         return TrainingResult(step, metrics["loss"], self.interrupted, self.saved, int(peak))
 

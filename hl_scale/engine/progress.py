@@ -46,9 +46,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                break
+            lines.append(line)
     return lines
 
 

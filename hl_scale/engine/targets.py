@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,10 +53,12 @@ class TargetCache:
             world: this process.
             report: called with (chunks done, chunks in all) of this rank.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._scan()
+        with zero3.together(world):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._scan()
         missing = sorted({text for text in texts if text_key(text) not in self._found}, key=text_key)
-        _agree(world)  # nobody writes before everybody has looked
+        # Runs on the same corpus share the directory, so ranks may see it at different moments.
+        missing = zero3.gather_objects(missing, world)[0]
         chunks = [missing[i : i + TEXTS_PER_CHUNK] for i in range(0, len(missing), TEXTS_PER_CHUNK)]
         mine = chunks[world.rank :: world.size]
         with zero3.together(world):
@@ -64,7 +66,14 @@ class TargetCache:
                 if report is not None:
                     report(done, len(mine))
                 self._write(chunk, world.device)
-        self._scan()
+        with zero3.together(world):
+            self._scan()
+            lost = [text for text in texts if text_key(text) not in self._found]
+            if lost:
+                raise OSError(
+                    f"frozen targets of {len(lost)} sentences are not in {self.directory}: something removes or "
+                    "damages files there\n  fix: run the same command again; they are computed anew"
+                )
 
     def get(self, text: str) -> Tensor:
         """(M, D) normalised states without the tokens the objective leaves out; float32."""
@@ -92,7 +101,7 @@ class TargetCache:
             batch = by_length[start : start + TEXTS_PER_PASS]
             clouds |= dict(zip(map(text_key, batch), self.clouds(batch, device), strict=True))
         name = hashlib.sha256("".join(sorted(clouds)).encode()).hexdigest()[:16]
-        temporary = self.directory / f".{name}.{os.getpid()}"
+        temporary = self.directory / f".{name}.{secrets.token_hex(4)}"
         try:
             save_file(clouds, temporary)
             os.replace(temporary, self.directory / f"{name}.safetensors")
@@ -129,8 +138,3 @@ def tokenize(base: AdaptedModel, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def text_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _agree(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

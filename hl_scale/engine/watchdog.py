@@ -72,6 +72,7 @@ class Watchdog:
             f"{self.timeout:.0f} s in: {self._doing}"
         )
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 file.write(f"{text}, at {time.strftime('%Y-%m-%d %H:%M:%S')}\n\n")
                 file.flush()

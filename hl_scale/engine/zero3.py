@@ -90,12 +90,19 @@ def _refuse_lone_tasks() -> None:
 class RankError(ValueError):
     """Another rank failed; the message is that rank's."""
 
+    on_all_ranks = True
+
+
+def is_on_all_ranks(error: Exception) -> bool:
+    """Whether every rank knows of this error, so that none waits for another."""
+    return getattr(error, "on_all_ranks", False)
+
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
     """A block that fails on every rank if it fails on one, so that nobody waits for a rank that has left; collective.
 
-    Only errors a user can mend are shared: ValueError and OSError. The block itself must not hold collectives.
+    The block itself must not hold collectives.
 
     Raises:
         RankError: another rank failed and this one did not.
@@ -103,10 +110,11 @@ def together(world: World) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as caught:
+    except Exception as caught:
         error = caught
-    messages = gather_objects(None if error is None else str(error), world)
+    messages = gather_objects(None if error is None else str(error) or repr(error), world)
     if error is not None:
+        error.on_all_ranks = True  # type: ignore[attr-defined]
         raise error
     for rank, message in enumerate(messages):
         if message is not None:

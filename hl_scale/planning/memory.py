@@ -27,6 +27,7 @@ from hl_scale.base.quantized_linear import SharedInput
 from hl_scale.base.random_weights import is_random
 from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
+from hl_scale.engine.checkpoint_writer import random_states
 from hl_scale.engine.memory import LARGE_BLOCK, LARGEST_KEPT
 from hl_scale.engine.targets import CLOUDS_IN_MEMORY, TEXTS_PER_CHUNK, TEXTS_PER_PASS
 from hl_scale.kernels import quantize_nf4
@@ -224,7 +225,7 @@ class _Model:
 
     @property
     def checkpoint(self) -> int:
-        return 3 * 4 * self._part * self.world_size
+        return (3 * 4 * self._part + _bytes(random_states().values())) * self.world_size
 
     def _loaded(self) -> dict[str, int]:
         """The base before ZeRO-3 takes it over: each rank holds all of it."""

@@ -3,9 +3,8 @@
 How often ZeRO-3 gathers a parameter follows from the order in which modules run. So the real pass is run without data,
 with DeepSpeed's hooks in their places, and DeepSpeed's rules (`PartitionedParameterCoordinator`) are applied to what
 they see: a parameter is gathered when a module that owns it runs, stays while it is small or needed again soon, and is
-gathered ahead where there is room. Counted is a step whose order DeepSpeed knows, from the second on. It forgets the
-order where a step runs other modules than the one before, as tiled MLPs do on texts of another length: then nothing is
-kept or gathered ahead, and more is sent than planned.
+gathered ahead where there is room. Counted is a step whose order DeepSpeed knows, from the second on. (A tiled MLP is
+one module in that order, however many tiles it runs.)
 
 Sizes are those of rings, the least that an all-gather or a reduce-scatter over W ranks can send: (W - 1) / W of the
 whole; an all-reduce sends twice that.

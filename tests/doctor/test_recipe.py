@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 
 import pytest
 import torch
 
 from hl_scale.doctor import recipe
+from hl_scale.engine.checkpoint import Manifest
 from hl_scale.engine.run import open_run_directory
 from hl_scale.planning import plan_memory
 
@@ -60,6 +60,9 @@ def test_an_intact_corpus_is_ok_and_a_damaged_or_missing_one_is_a_problem(
     assert recipe.check_corpus(config).status == "problem"
 
 
+SHARD = "rank-0000-of-0001.safetensors"
+
+
 @pytest.fixture
 def run_with_checkpoints(tiny_config, tmp_path):
     """A run directory with whole checkpoints of steps 2 and 4, and its configuration."""
@@ -68,20 +71,23 @@ def run_with_checkpoints(tiny_config, tmp_path):
     for step in (2, 4):
         directory = tmp_path / "run" / "checkpoints" / f"step-{step:06d}"
         directory.mkdir(parents=True)
-        (directory / "shard").write_bytes(b"numbers")
+        (directory / SHARD).write_bytes(b"numbers")
         digest = hashlib.sha256(b"numbers").hexdigest()
-        manifest = {"format": 1, "step": step, "shards": [{"name": "shard", "bytes": 7, "sha256": digest}]}
-        (directory / "manifest.json").write_text(json.dumps(manifest))
+        manifest = Manifest(
+            step=step, world_size=1, shapes={}, shards=[{"name": SHARD, "bytes": 7, "sha256": digest}],
+            base_fingerprint="b", data_fingerprint="d", seed=0,
+        )  # fmt: skip
+        (directory / "manifest.json").write_text(manifest.model_dump_json())
     return config
 
 
 def test_the_newest_checkpoint_is_verified(run_with_checkpoints, tmp_path):
     config = run_with_checkpoints
     assert "step 4 verified" in recipe.check_run(config).found
-    (tmp_path / "run/checkpoints/step-000004/shard").write_bytes(b"nambers")
+    (tmp_path / "run/checkpoints/step-000004" / SHARD).write_bytes(b"nambers")
     finding = recipe.check_run(config)
     assert finding.status == "warning" and "damaged" in finding.found and "step 2" in finding.fix
-    (tmp_path / "run/checkpoints/step-000002/shard").unlink()
+    (tmp_path / "run/checkpoints/step-000002" / SHARD).unlink()
     assert recipe.check_run(config).status == "problem"
 
 

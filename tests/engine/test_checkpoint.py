@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from hl_scale.engine import checkpoint, checkpoint_writer, zero3
 from hl_scale.engine.checkpoint import CheckpointError
-from hl_scale.engine.loop import train
+from hl_scale.engine.loop import Hooks, train
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,7 @@ def test_any_range_of_a_parameter_is_read_from_shards_of_any_number(tmp_path):
     [
         ({"step": -1}, "step"), ({"shards": []}, "shards"), ({"world_size": "two"}, "world_size"),
         ({"shapes": {"w": [-3]}}, "shapes.w.0"), ({"format": 3}, "format"), ({"command": "rm"}, "command"),
+        ({"world_size": 2}, r"\(whole file\): .*1 shards of 2 ranks"), ({"skipped_steps": 7}, ".*7 of 6 steps"),
     ],
 )  # fmt: skip
 def test_a_manifest_with_a_field_that_cannot_be_right_is_refused_by_its_name(copied, change, complaint):
@@ -273,3 +274,55 @@ def test_too_little_space_is_found_before_anything_is_written(single_process, ti
 
 def test_latest_names_the_newest_checkpoint(finished):
     assert (finished / "LATEST").read_text() == "step-000006\n"
+
+
+def test_a_run_whose_directory_another_has_taken_writes_no_more(single_process, tiny_config, tmp_path):
+    def taken_over(step, metrics):
+        if step == 3:
+            (tmp_path / "run" / ".lock.json").write_text('{"host": "elsewhere", "process": 1, "token": "other"}')
+        return False
+
+    with pytest.raises(CheckpointError, match=r"another run has taken .*run over while this one was held up"):
+        train(tiny_config(tmp_path / "run"), hooks=Hooks(on_step=taken_over))
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-000002"]
+
+
+def test_what_cannot_be_removed_does_not_end_the_run(single_process, tiny_config, tmp_path, monkeypatch, caplog):
+    remove = shutil.rmtree
+
+    def busy(path, **options):
+        if str(path).endswith(".old"):
+            raise OSError(16, "Device or resource busy")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    config = tiny_config(tmp_path / "run", {"training.save_every": 1, "training.keep_checkpoints": 1})
+    assert train(config, stop_at=3).step == 3
+    assert [path.name for path in checkpoint.find(tmp_path / "run" / "checkpoints")] == ["step-000003"]
+    assert "was not removed" in caplog.text
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_unlinked_and_its_files_stay(single_process, tiny_config, tmp_path):
+    config = tiny_config(tmp_path / "run", {"training.save_every": 1, "training.keep_checkpoints": 1})
+    train(config, stop_at=1)
+    first = tmp_path / "run" / "checkpoints" / "step-000001"
+    shutil.move(first, tmp_path / "elsewhere")
+    first.symlink_to(tmp_path / "elsewhere")
+    assert train(config, stop_at=3).step == 3
+    assert sorted(path.name for path in first.parent.iterdir()) == ["LATEST", "step-000003"]
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(single_process, tiny_config, copied):
+    flip(shard_of(copied, 4))
+    shutil.rmtree(copied / "step-000006")
+    train(tiny_config(copied.parent, {"training.keep_checkpoints": 2, "training.save_every": 5}))  # from 2: 5 and 6
+    assert [path.name for path in checkpoint.find(copied)] == ["step-000004", "step-000005", "step-000006"]
+
+
+def test_a_checkpoint_under_another_step_s_name_is_refused(copied):
+    shutil.rmtree(copied / "step-000006")
+    (copied / "step-000004").rename(copied / "step-000006")
+    with pytest.raises(CheckpointError, match="step-000006 holds the checkpoint of step 4"):
+        checkpoint.verify(copied / "step-000006")
