@@ -122,8 +122,6 @@ def _prepare(
             print(f"computing frozen targets: {done}/{total} chunks", flush=True)
 
     targets.prepare([pair.standard for pair in inputs.pairs], world, progress)
-    watchdog.beat("waiting for other ranks' frozen targets")
-    zero3.gather_objects(None, world)
     watchdog.beat("building the engine")
     torch.manual_seed(config.run.seed)
     hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, inputs.base.slots, typology.NUM_FEATURES)

@@ -109,7 +109,7 @@ def test_ctrl_c_on_the_launching_host_saves_what_both_have(two_hosts, on_hosts, 
         while any(host.ranks(SCRIPT) for host in hosts):
             assert time.monotonic() < deadline
             time.sleep(0.05)  # between looks, not instead of them
-    (saved,) = (directory / "checkpoints").iterdir()
+    (saved,) = (directory / "checkpoints").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     assert step >= 4 and world_size_of(directory, step) == 2
     assert (directory / "metrics.jsonl").read_text().count("\n") == step
