@@ -95,6 +95,9 @@ class CheckpointWriter:
     ) -> None:
         self.directory, self.world, self.retention, self.commit = directory, world, retention, commit
         self.claim, self.damaged = claim, frozenset(damaged)
+        if world.is_main:
+            for stale in directory.glob(".step-*"):  # of processes that were killed
+                _remove(stale)
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -184,9 +187,7 @@ class CheckpointWriter:
             )
 
     def _prepare(self, staging: Path, needed: int) -> None:
-        """Sweep what killed processes left, make the directory, and see that there is room."""
-        for stale in self.directory.glob(".step-*"):
-            _remove(stale)
+        """Make the directory, and see that there is room."""
         if staging.exists():  # a damaged checkpoint, or shards that no manifest followed
             _discard(staging)
         staging.mkdir(parents=True)

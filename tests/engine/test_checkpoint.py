@@ -155,7 +155,7 @@ def test_a_failed_save_leaves_no_trace_and_the_run_goes_on_later(
     assert train(config, stop_at=2).step == 2
 
 
-def test_what_a_killed_process_left_is_swept_by_the_next_save(single_process, tiny_config, tmp_path):
+def test_what_a_killed_process_left_is_swept_when_the_run_goes_on(single_process, tiny_config, tmp_path):
     config = tiny_config(tmp_path / "run")
     stale = tmp_path / "run" / "checkpoints" / ".step-000004.tmp"
     stale.mkdir(parents=True)
