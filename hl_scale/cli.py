@@ -140,7 +140,7 @@ def evaluate(
 ) -> None:
     """Per-dialect table with intervals and controls; writes evaluation.json, evaluation.md and report.html."""
     from hl_scale.data.corpus import load_corpus
-    from hl_scale.engine.run import write_text
+    from hl_scale.data.durable import write_text
     from hl_scale.evaluation import evaluate_dialects, markdown_table, render_table, save, write_report
 
     loaded = _load(run, step, device)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+from hl_scale.data.durable import flush
 from hl_scale.doctor.findings import Finding, ok, problem, warning
 
 _LARGEST_SKEW = 5.0
@@ -54,10 +55,8 @@ def check_storage(
         fix = f"free space, lower training.keep_checkpoints, or set {name} elsewhere"
         findings = [problem(check, f"{where}: {free / 1e9:.1f} GB free, checkpoints take {required / 1e9:.1f} GB", fix)]
     if not locks:
-        fix = (
-            "mount it with flock (Lustre: -o flock; NFS: version 4); until then, delete lock files of killed processes"
-        )
-        findings.append(warning(check, f"{where}: no locks by flock; a lock file stands in for them", fix))
+        fix = "mount it with flock (Lustre: -o flock; NFS: version 4); until then, see that runs have directories apart"
+        findings.append(warning(check, f"{where}: no locks by flock, so nothing keeps a second run out", fix))
     if skew > _LARGEST_SKEW:
         fix = "run chronyd or ntpd on this machine and on the file server"
         findings.append(warning(check, f"{where}: its clock and this machine's differ by {skew:.0f} s", fix))
@@ -102,11 +101,11 @@ def _exercise(parent: Path, clock: Callable[[], float]) -> tuple[float, bool]:
             (staging / "data").write_bytes(content)
             after, written = clock(), (staging / "data").stat().st_mtime
         with _step("forcing it to disk (fsync)"):
-            _flush(staging / "data")
-            _flush(staging)
+            flush(staging / "data")
+            flush(staging)
         with _step("renaming a directory"):
             os.rename(staging, final)
-            _flush(own)
+            flush(own)
         with _step("replacing a file"):
             (final / "other").write_bytes(b"")
             os.replace(final / "data", final / "other")
@@ -141,14 +140,6 @@ def is_locked(path: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _node_local(check: str, name: str, path: Path, directory: Path) -> Iterator[Finding]:

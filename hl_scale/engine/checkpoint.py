@@ -12,7 +12,6 @@ Nothing is ever unpickled, and a manifest is data from outside: every field is c
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hl_scale.data.shards import hash_file
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 
@@ -199,7 +199,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> Checkpoint:
             raise CheckpointError(
                 f"{shard} is damaged: {size} bytes instead of {entry.bytes}; restore it, or use an older checkpoint"
             )
-        if number % parts == part and file_sha256(shard) != entry.sha256:
+        if number % parts == part and hash_file(shard) != entry.sha256:
             raise CheckpointError(
                 f"{shard} is damaged: its sha256 is not the manifest's; restore it, or use an older checkpoint"
             )
@@ -308,8 +308,3 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, prefix: str = "") ->
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ one copy.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import shutil
@@ -30,6 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hl_scale.data.durable import flush, write_text
+from hl_scale.data.shards import hash_file
 from hl_scale.engine import zero3
 from hl_scale.engine.checkpoint import (
     LATEST,
@@ -37,7 +40,6 @@ from hl_scale.engine.checkpoint import (
     CheckpointError,
     Manifest,
     ShardEntry,
-    file_sha256,
     find,
     step_of,
 )
@@ -96,7 +98,7 @@ class CheckpointWriter:
         self.directory, self.world, self.retention, self.commit = directory, world, retention, commit
         self.claim, self.damaged = claim, frozenset(damaged)
         if world.is_main:
-            for stale in directory.glob(".step-*"):  # of processes that were killed
+            for stale in directory.glob(".*"):  # of processes that were killed
                 _remove(stale)
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -129,7 +131,7 @@ class CheckpointWriter:
         with zero3.together(self.world), _writing(step):
             if self.world.is_main:
                 self._check_claim()
-                self._prepare(staging, 4 * 3 * sum(map(_count, shapes.values())))
+                self._prepare(staging, 4 * 3 * sum(map(math.prod, shapes.values())))
         tensors = {f"{name}|{kind}": t for name, kinds in partitions.items() for kind, t in kinds.items()}
         tensors |= {f"random|{name}": state for name, state in random_states().items()}
         shard = staging / f"rank-{self.world.rank:04d}-of-{self.world.size:04d}.safetensors"
@@ -198,23 +200,19 @@ class CheckpointWriter:
 
     def _commit(self, staging: Path, final: Path, manifest: Manifest) -> None:
         """Write the manifest and give the directory its name."""
-        unfinished = staging / f".{MANIFEST}"
-        _write_text(unfinished, manifest.model_dump_json(indent=1))
-        os.replace(unfinished, staging / MANIFEST)
-        _flush(staging)
+        write_text(staging / MANIFEST, manifest.model_dump_json(indent=1))
+        flush(staging)
         if staging != final:
             if final.exists():  # damaged, and passed over when this run resumed
                 _discard(final)
             os.rename(staging, final)
-        _flush(final.parent)
+        flush(final.parent)
 
     def _point_at(self, final: Path) -> None:
         """Replace LATEST. The checkpoint is valid without: a failure is only told."""
-        temporary = self.directory / f".{LATEST}.tmp"
         try:
-            _write_text(temporary, final.name + "\n")
-            os.replace(temporary, self.directory / LATEST)
-            _flush(self.directory)
+            write_text(self.directory / LATEST, final.name + "\n")
+            flush(self.directory)
         except OSError as error:
             _LOG.warning("%s still names an older checkpoint than %s: %s", self.directory / LATEST, final.name, error)
 
@@ -257,8 +255,8 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 def _write_shard(shard: Path, tensors: dict[str, Tensor]) -> ShardEntry:
     """Write one rank's file and force it to disk."""
     save_file(tensors, shard)
-    _flush(shard)
-    return ShardEntry(name=shard.name, bytes=shard.stat().st_size, sha256=file_sha256(shard))
+    flush(shard)
+    return ShardEntry(name=shard.name, bytes=shard.stat().st_size, sha256=hash_file(shard))
 
 
 @contextmanager
@@ -285,29 +283,11 @@ def _discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory, or a link to one; what cannot be removed is only told."""
+    """Remove a directory, a file or a link; what cannot be removed is only told."""
     try:
-        if path.is_symlink():
+        if path.is_symlink() or path.is_file():
             path.unlink()
         elif path.exists():
             shutil.rmtree(path)
     except OSError as error:
         _LOG.warning("%s was not removed: %s", path, error)
-
-
-def _count(shape: list[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Force a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

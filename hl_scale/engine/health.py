@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hl_scale.data.durable import write_text
 from hl_scale.engine import zero3
 from hl_scale.engine.training_module import AlignmentBatch
 from hl_scale.engine.zero3 import World
@@ -41,13 +42,14 @@ def write_nonfinite(
         world: this process.
     """
     everywhere = zero3.gather_objects(list(passes), world)
+    ranks = [
+        {"rank": rank, "passes": [{"pair_ids": ids, "loss": repr(value)} for ids, value in own]}
+        for rank, own in enumerate(everywhere)
+    ]
     path = directory / f"nonfinite-step-{step:06d}.json"
-    if world.is_main:
-        ranks = [
-            {"rank": rank, "passes": [{"pair_ids": ids, "loss": repr(value)} for ids, value in own]}
-            for rank, own in enumerate(everywhere)
-        ]
-        path.write_text(json.dumps({"step": step, "loss": repr(loss), "ranks": ranks}, indent=1), encoding="utf-8")
+    with zero3.together(world):
+        if world.is_main:
+            write_text(path, json.dumps({"step": step, "loss": repr(loss), "ranks": ranks}, indent=1))
     return path
 
 

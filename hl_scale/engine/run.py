@@ -20,6 +20,7 @@ import torch
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.conditions import typology
 from hl_scale.config import Config, ConfigError, dump_config, load_config
+from hl_scale.data.durable import write_text
 from hl_scale.engine import checkpoint
 from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
 
@@ -134,13 +135,6 @@ def environment() -> dict[str, Any]:
         "accelerator": accelerator,
         "versions": versions,
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _processor() -> str:

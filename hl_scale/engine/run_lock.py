@@ -18,8 +18,8 @@ from typing import Any
 from filelock import FileLock, SoftFileLock, Timeout
 
 from hl_scale.config import ConfigError
+from hl_scale.data.durable import write_text
 from hl_scale.engine import zero3
-from hl_scale.engine.run import write_text
 from hl_scale.engine.zero3 import World
 
 LOCK, OWNER = ".lock", ".lock.json"

@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hl_scale.conditions import typology
-from hl_scale.engine.run import LoadedRun, environment, write_text
+from hl_scale.data.durable import write_text
+from hl_scale.engine.run import LoadedRun, environment
 from hl_scale.evaluation import provenance, summaries
 from hl_scale.evaluation.controls import CONTROLS, OWN, PLAIN, TrainingConditions, condition_vectors, wrong_variety
 from hl_scale.evaluation.measurement import (

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from hl_scale.data.durable import write_text
 from hl_scale.engine.progress import read_metrics
-from hl_scale.engine.run import write_text
 from hl_scale.evaluation.charts import dialect_chart, to_svg, training_curves
 from hl_scale.evaluation.measurement import EvaluationError
 from hl_scale.evaluation.tables import LEGEND, standard_lines, tables

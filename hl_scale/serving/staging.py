@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hl_scale.data.durable import flush
+
 PROVENANCE_FILE = "hl_provenance.json"
 """Present in every directory written here; only a directory that holds it is ever replaced."""
 
@@ -61,7 +63,7 @@ def _commit(staging: Path, target: Path, *, force: bool) -> None:
     check_replaceable(target, force=force)
     if not target.exists():
         os.rename(staging, target)
-        _flush_entry(target.parent)
+        flush(target.parent)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".old", dir=target.parent))
     try:
@@ -71,7 +73,7 @@ def _commit(staging: Path, target: Path, *, force: bool) -> None:
         except BaseException:
             os.rename(retired / target.name, target)
             raise
-        _flush_entry(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(retired, ignore_errors=True)
 
@@ -80,12 +82,4 @@ def _publish(directory: Path) -> None:
     """Readable by every account, as a server's often is another one, and on disk."""
     for path in [*sorted(directory.rglob("*")), directory]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)

@@ -106,12 +106,12 @@ POINTS: dict[str, Callable[[], None]] = {
     "stopped": lambda: before(training_module.TrainingModule, "forward", stepping, lambda: happen(signal.SIGSTOP)),
     "save_begun": lambda: before(checkpoint_writer, "random_states", saving, kill),
     "half_shard": lambda: before(checkpoint_writer, "_write_shard", saving, half_a_shard),
-    "shard_unflushed": lambda: before(checkpoint_writer, "_flush", saving, kill),
-    "shards_exchanged": lambda: before(checkpoint_writer, "_write_text", manifest_or_latest("manifest"), kill),
+    "shard_unflushed": lambda: before(checkpoint_writer, "flush", saving, kill),
+    "shards_exchanged": lambda: before(checkpoint_writer, "write_text", manifest_or_latest("manifest"), kill),
     "manifest_written": lambda: before(
         checkpoint_writer.os, "rename", lambda old, new: saving() and str(old).endswith(".tmp"), kill
     ),
-    "renamed": lambda: before(checkpoint_writer, "_write_text", manifest_or_latest("LATEST"), kill),
+    "renamed": lambda: before(checkpoint_writer, "write_text", manifest_or_latest("LATEST"), kill),
     "latest_replaced": lambda: before(checkpoint_writer.CheckpointWriter, "_retain", saving, kill),
     "retention_begun": lambda: before(
         shutil, "rmtree", lambda path, **_: saving() and str(path).endswith(".old"), kill

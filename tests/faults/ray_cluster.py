@@ -1,6 +1,6 @@
 """One training on a Ray cluster of three nodes on this machine, to which something happens.
 
-Arguments: configuration, what happens (nothing, elastic, kill, stop, preempt), and a file for the answer: JSON with
+Arguments: configuration, what happens (elastic, kill, stop, preempt), and a file for the answer: JSON with
 what training returned and a list of [event, step at that time, seconds since the start].
 """
 
@@ -126,8 +126,7 @@ def main() -> None:
             events.error = traceback.format_exc()
 
     thread = threading.Thread(target=happen, daemon=True)
-    if what != "nothing":
-        thread.start()
+    thread.start()
     outcome = train_on_ray(config)
     assert "deepspeed" not in sys.modules, "the driver imported deepspeed"
     answer.write_text(json.dumps({"outcome": outcome, "events": events.log, "error": events.error}))

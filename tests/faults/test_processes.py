@@ -109,10 +109,11 @@ def test_a_stopped_rank_ends_the_run_with_the_stacks_of_those_that_waited(
     stacks = (directory / "stacks-rank-0000.txt").read_text()
     assert "loop.py" in stacks and "in step" in stacks
     assert not (directory / "stacks-rank-0001.txt").exists(), "the one without a file is the one that did not answer"
+    done = watching.steps(directory)
     kept, seconds = recovered(directory)
     assert kept == 4
     record(
-        "SIGSTOP of rank 1 in step 7 (hang, timeout 6 s)", "step 4", watching.steps(directory) and 6 - kept,
+        "SIGSTOP of rank 1 in step 7 (hang, timeout 6 s)", "step 4", done - kept,
         f"{detected:.1f} to end, {seconds:.1f}", "bit-identical; stacks written",
     )  # fmt: skip
 
