@@ -45,7 +45,7 @@ def prepare(
     """Build the parallel corpus: split, transform by Ray Data, write Parquet shards and a manifest."""
     from hl_scale.data.corpus import prepare_corpus
 
-    prepared = prepare_corpus(load_config(config, overrides or ()).data, force=force)
+    prepared = prepare_corpus(load_config(config, overrides or ()).dialects, force=force)
     rows = prepared.manifest["rows"]
     state = "up to date" if prepared.reused else "written"
     print(f"corpus {state}: {prepared.directory} ({rows['written']} pairs, {rows['failed']} rows failed)")

@@ -121,7 +121,7 @@ def _print_phases(steps: dict[str, Step], case: _Case, repeats: int) -> None:
 def first_batch(config: Config, base: AdaptedModel) -> list[Pair]:
     """The pairs of the recipe's first step."""
     pairs, training = load_corpus(config.data.directory).train, config.training
-    lengths = token_lengths(base, pairs, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
+    lengths = token_lengths(base, pairs, config.data.maximum_tokens, 1 + config.alignment.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
     return [pairs[int(sample)] for sample in sampler.batch(0)]
 
@@ -139,7 +139,7 @@ class _Case:
         config = config.model_copy(update={"hypernetwork": whole})
         self.base = load_base(config.base, config.lora)
         pairs = first_batch(config, self.base)
-        objective = AlignmentObjective(config.objective)
+        objective = AlignmentObjective(config.alignment)
         cache = TargetCache(Path(f"{config.data.directory}-targets"), self.base, objective)
         self.standard = tokenize(self.base, [pair.standard for pair in pairs])
         clouds = cache.clouds([pair.standard for pair in pairs], torch.device("cpu"))
@@ -147,7 +147,7 @@ class _Case:
         sizes = torch.tensor([len(cloud) for cloud in clouds])
         # One diameter for both solvers: GeomLoss would take one for the batch, we one for each pair.
         self.diameter = 2.0 * float(target.norm(dim=-1).max())
-        self.objective = AlignmentObjective(config.objective.model_copy(update={"diameter": self.diameter}))
+        self.objective = AlignmentObjective(config.alignment.model_copy(update={"diameter": self.diameter}))
         mask = torch.arange(target.shape[1])[None] < sizes[:, None]
         input_ids, attention_mask = tokenize(self.base, [pair.dialect for pair in pairs])
         vectors = torch.stack([torch.from_numpy(pair.vector.copy()) for pair in pairs])
@@ -165,7 +165,7 @@ class _Case:
         self.stock = StockModel(config, self.base)
         self.shapes = Counter((layer.out_features, layer.in_features) for layer in self.base.linears.values())
         self.optimizer = torch.optim.AdamW(self.hypernetwork.parameters(), lr=0.0)  # steps repeat the same numbers
-        self.blur, self.scaling = config.objective.blur, config.objective.scaling
+        self.blur, self.scaling = config.alignment.blur, config.alignment.scaling
 
     def steps(self) -> dict[str, Step]:
         ids, mask = self.batch.input_ids, self.batch.attention_mask

@@ -1,33 +1,45 @@
 """The whole configuration of a run: typed, strict, and free of torch."""
 
+from hl_scale.config.data import DataConfig, DialectDataConfig, SentenceSource, TaskDataConfig, TaskSource
+from hl_scale.config.learning import (
+    AlignmentConfig,
+    ConditionsConfig,
+    HypernetworkConfig,
+    ReconstructionConfig,
+    SupervisedConfig,
+    TextToLoraConfig,
+)
 from hl_scale.config.loading import ConfigError, dump_config, load_config, parse_config
 from hl_scale.config.sections import (
     BaseModelConfig,
     ClusterConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
-    HypernetworkConfig,
     LoraConfig,
-    ObjectiveConfig,
     RunConfig,
-    SentenceSource,
     TrainingConfig,
     Zero3Config,
 )
 
 __all__ = [
+    "AlignmentConfig",
     "BaseModelConfig",
     "ClusterConfig",
+    "ConditionsConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "DialectDataConfig",
     "EvaluationConfig",
     "HypernetworkConfig",
     "LoraConfig",
-    "ObjectiveConfig",
+    "ReconstructionConfig",
     "RunConfig",
     "SentenceSource",
+    "SupervisedConfig",
+    "TaskDataConfig",
+    "TaskSource",
+    "TextToLoraConfig",
     "TrainingConfig",
     "Zero3Config",
     "dump_config",

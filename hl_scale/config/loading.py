@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Tag, ValidationError
 
-from hl_scale.config.sections import Config, Section
+from hl_scale.config.section import Section
+from hl_scale.config.sections import Config
 
 
 class ConfigError(ValueError):
@@ -102,7 +103,8 @@ def _describe(error: ValidationError, source: str) -> str:
     problems = error.errors(include_url=False)
     lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
     for problem in problems:
-        location = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        path = _without_tags(problem["loc"])
+        location = ".".join(str(part) for part in path) or "(top level)"
         value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
         lines.append(f"  {location}{value[:120]}")
         lines.append(f"    why: {problem['msg']}")
@@ -120,6 +122,8 @@ def _fix(problem: Any) -> str:
         return "add this key"
     if problem["type"] == "literal_error":
         return f"use one of {problem['ctx']['expected']}"
+    if problem["type"] == "union_tag_invalid":
+        return f"use a kind of {problem['ctx']['expected_tags']}"
     for end in range(len(location), 0, -1):  # an element of a tuple or a branch of a union has its field's help
         field = _fields_at(location[: end - 1]).get(str(location[end - 1]))
         if field is not None and field.description:
@@ -127,17 +131,39 @@ def _fix(problem: Any) -> str:
     return "correct the value"
 
 
+def _without_tags(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pydantic names the kind of a section that has several after the section; users wrote no such key."""
+    field = Config.model_fields.get(str(location[0])) if len(location) > 1 else None
+    tagged = field is not None and location[1] in _kinds(field.annotation)
+    return (location[0], *location[2:]) if tagged else location
+
+
 def _fields_at(location: typing.Sequence[Any]) -> dict[str, Any]:
-    """Fields of the section that `location` points at, looking through tuples and unions."""
+    """Fields of the section that `location` points at, looking through tuples, kinds and unions."""
     section: Any = Config
+    kinds: dict[str, Any] = {}
     for part in location:
         if isinstance(part, int):
             continue
+        if part in kinds:
+            section, kinds = kinds[part], {}
+            continue
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        kinds = _kinds(field.annotation) if field is not None else {}
         section = _section_in(field.annotation) if field is not None else None
         if section is None:
             return {}
     return dict(section.model_fields)
+
+
+def _kinds(annotation: Any) -> dict[str, Any]:
+    """Tag -> section, of a section that comes in several kinds."""
+    found = {}
+    for branch in typing.get_args(annotation):
+        for mark in getattr(branch, "__metadata__", ()):
+            if isinstance(mark, Tag):
+                found[mark.tag] = typing.get_args(branch)[0]
+    return found
 
 
 def _section_in(annotation: Any) -> Any:

@@ -5,17 +5,21 @@ The docstring under each field is its help text (``hl-scale schema`` prints them
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, field docstrings are descriptions."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
-    )
+from hl_scale.config.data import AnyDataConfig, DialectDataConfig, TaskDataConfig
+from hl_scale.config.learning import (
+    AlignmentConfig,
+    AnyHypernetworkConfig,
+    AnyObjectiveConfig,
+    ConditionsConfig,
+    HypernetworkConfig,
+    ReconstructionConfig,
+    SupervisedConfig,
+)
+from hl_scale.config.section import Section
 
 
 class RunConfig(Section):
@@ -77,116 +81,6 @@ class LoraConfig(Section):
     apply: Literal["auto", "lowrank", "merged"] = "auto"
     """How adapters are applied: `lowrank` as thin products beside the frozen one; `merged` into the weight while it is
     dequantised; `auto`: merged on CUDA for segments of 2,048 tokens and more, where it is faster."""
-
-
-class SentenceSource(Section):
-    kind: Literal["vader", "text", "jsonl", "parquet", "hub"]
-    """`vader`: the sentences shipped in the source distribution of vaderSentiment 3.3.2; else files or a hub id."""
-    path: str | None = None
-    """File or glob (text, jsonl, parquet), hub id (hub), or a copy of the vaderSentiment archive (vader, optional)."""
-    name: str | None = None
-    """Hub configuration name, or for `vader` the subset: movie, news, product or tweets."""
-    split: str = "train"
-    """Hub split."""
-    revision: str | None = None
-    """Hub revision."""
-    column: str = "text"
-    """Column that holds the sentence (jsonl, parquet, hub)."""
-    limit: int | None = Field(default=None, ge=1)
-    """Keep at most this many sentences of the source, drawn with the data seed."""
-
-    @model_validator(mode="after")
-    def _path_where_needed(self) -> SentenceSource:
-        if self.kind != "vader" and not self.path:
-            raise ValueError(f"a source of kind {self.kind!r} needs a path (file, glob or hub id)")
-        if self.kind == "vader" and self.name not in ("movie", "news", "product", "tweets"):
-            raise ValueError("a vader source needs name: one of movie, news, product, tweets")
-        return self
-
-
-class DataConfig(Section):
-    directory: str
-    """Where `hl-scale prepare` writes Parquet shards and manifest.json."""
-    sources: tuple[SentenceSource, ...] = Field(min_length=1)
-    """Sentence sources, pooled."""
-    mode: Literal["virtual", "named"] = "virtual"
-    """`virtual`: each sentence gets random feature mixtures of its own; `named`: those of `training_varieties`."""
-    training_varieties: tuple[str, ...] = ()
-    """Varieties trained on in `named` mode; their vectors and texts are the only ones seen."""
-    evaluation_varieties: tuple[str, ...] = ()
-    """Varieties whose held-out sentences are transformed for evaluation (seen or unseen)."""
-    training_sentences: int = Field(default=1000, ge=1)
-    """Standard English sentences used for training."""
-    heldout_sentences: int = Field(default=200, ge=1)
-    """Standard English sentences set apart, before anything else, for evaluation."""
-    variants_per_sentence: int = Field(default=6, ge=1)
-    """`virtual`: random mixtures drawn per training sentence."""
-    identity_per_sentence: int = Field(default=1, ge=0)
-    """Copies of each training sentence paired with itself under the zero vector."""
-    minimum_density: float = Field(default=0.08, gt=0, le=1)
-    """`virtual`: smallest share of implementable features present in a mixture."""
-    maximum_density: float = Field(default=0.6, gt=0, le=1)
-    """`virtual`: largest share of implementable features present in a mixture."""
-    minimum_words: int = Field(default=8, ge=1)
-    """Shorter sentences are left out."""
-    maximum_words: int = Field(default=30, ge=1)
-    """Longer sentences are left out."""
-    maximum_tokens: int = Field(default=128, ge=2)
-    """A pair with more tokens than this, or than the model's context, is refused in training."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the splits, the mixtures and each row's transformation."""
-    num_workers: int = Field(default=2, ge=1)
-    """Ray Data actors that run the dialect engine."""
-    rows_per_shard: int = Field(default=4096, ge=1)
-    """Rows per Parquet file."""
-
-    @model_validator(mode="after")
-    def _modes_agree(self) -> DataConfig:
-        if self.mode == "named" and not self.training_varieties:
-            raise ValueError("mode 'named' needs data.training_varieties")
-        if self.minimum_density > self.maximum_density:
-            raise ValueError("minimum_density is larger than maximum_density")
-        if self.minimum_words > self.maximum_words:
-            raise ValueError("minimum_words is larger than maximum_words")
-        return self
-
-
-class HypernetworkConfig(Section):
-    kind: Literal["hyperlora", "hyperlora.paper", "plain_lora"] = "hyperlora"
-    """`hyperlora`: the one to use; `hyperlora.paper`: as published; `plain_lora`: one adapter for all conditions."""
-    condition_width: int = Field(default=128, ge=1)
-    """`hyperlora`: width of the encoded condition."""
-    slot_width: int = Field(default=64, ge=1)
-    """`hyperlora`: width of the learned slot embedding."""
-    hidden_width: int = Field(default=256, ge=1)
-    """Trunk width (`hyperlora`; the published network uses 8)."""
-    trunk_layers: int = Field(default=2, ge=1)
-    """`hyperlora`: hidden layers of the trunk."""
-    generate_per_block: bool = False
-    """`hyperlora`: generate the factors of each block where it is recomputed (base.gradient_checkpointing), so that
-    those of one block exist at a time."""
-    position: Literal["raw", "scaled"] = "raw"
-    """`hyperlora.paper`: slot index appended as the raw integer (published) or divided by the number of slots."""
-    initialization: Literal["zero_delta", "published"] = "zero_delta"
-    """`zero_delta`: A random, B = 0, so delta W = 0; `published` (`hyperlora.paper` only): every weight N(0, 1e-7)."""
-
-
-class ObjectiveConfig(Section):
-    kind: Literal["alignment"] = "alignment"
-    """Sinkhorn divergence between dialect and Standard English token clouds."""
-    blur: float = Field(default=0.05, gt=0)
-    """Blur; epsilon = blur^2 on the cost 0.5*|x-y|^2."""
-    scaling: float = Field(default=0.5, gt=0, lt=1)
-    """Ratio of successive blurs in the annealing schedule."""
-    diameter: float | None = Field(default=None, gt=0)
-    """Distance to begin annealing from, at least the largest between two states; null: each pair's own. With a number,
-    the self term of a target does not depend on its partner and is computed once instead of at every step."""
-    solver: Literal["native", "geomloss"] = "native"
-    """`native`: hl_scale.sinkhorn; `geomloss`: geomloss.SamplesLoss, pair by pair."""
-    normalization: Literal["sqrt_dim", "l2", "none"] = "sqrt_dim"
-    """Of hidden states after the final norm: divided by sqrt(D), by each token's length, or untouched."""
-    skip_first_token: bool = True
-    """Leave the first token (BOS or CLS) out of the cloud: its state is the same for every text of a causal model."""
 
 
 class TrainingConfig(Section):
@@ -289,25 +183,67 @@ class EvaluationConfig(Section):
     """Seed of the bootstrap and of the shuffled condition."""
 
 
+Kind = TypeVar("Kind", bound=Section)
+
+
 class Config(Section):
     run: RunConfig
     base: BaseModelConfig
     lora: LoraConfig = LoraConfig()
-    data: DataConfig
-    hypernetwork: HypernetworkConfig = HypernetworkConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    data: AnyDataConfig
+    conditions: ConditionsConfig = ConditionsConfig()
+    hypernetwork: AnyHypernetworkConfig = HypernetworkConfig()
+    objective: AnyObjectiveConfig = AlignmentConfig()
     training: TrainingConfig
     zero3: Zero3Config = Zero3Config()
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @property
+    def dialects(self) -> DialectDataConfig:
+        """The data section of a dialect run; ValueError for any other, as for the properties below."""
+        return self._of(DialectDataConfig, self.data, "data of kind 'dialects'")
+
+    @property
+    def tasks(self) -> TaskDataConfig:
+        return self._of(TaskDataConfig, self.data, "data of kind 'tasks'")
+
+    @property
+    def alignment(self) -> AlignmentConfig:
+        return self._of(AlignmentConfig, self.objective, "objective.kind 'alignment'")
+
+    @property
+    def supervised(self) -> SupervisedConfig:
+        return self._of(SupervisedConfig, self.objective, "objective.kind 'supervised'")
+
+    @property
+    def reconstruction(self) -> ReconstructionConfig:
+        return self._of(ReconstructionConfig, self.objective, "objective.kind 'reconstruction'")
+
+    def _of(self, expected: type[Kind], section: Section, what: str) -> Kind:
+        if not isinstance(section, expected):
+            raise ValueError(f"{self.run.directory} is not a run with {what}\n  fix: use a recipe of that kind")
+        return section
+
     @model_validator(mode="after")
     def _blocks_generate_where_they_are_recomputed(self) -> Config:
         if self.hypernetwork.generate_per_block:
-            if self.hypernetwork.kind != "hyperlora":
+            if self.hypernetwork.kind not in ("hyperlora", "text_to_lora"):
                 raise ValueError(f"hypernetwork.generate_per_block is not offered by {self.hypernetwork.kind}")
             if not self.base.gradient_checkpointing:
                 raise ValueError("hypernetwork.generate_per_block needs base.gradient_checkpointing: true")
+        return self
+
+    @model_validator(mode="after")
+    def _data_fit_the_objective(self) -> Config:
+        tasks = self.data.kind == "tasks"
+        if tasks != isinstance(self.objective, SupervisedConfig | ReconstructionConfig):
+            fitting = "supervised or reconstruction" if tasks else "alignment"
+            raise ValueError(f"data of kind {self.data.kind!r} are for an objective.kind of {fitting}")
+        if not tasks and (self.conditions.kind not in ("auto", "typology") or self.conditions.with_typology):
+            raise ValueError("data of kind 'dialects' have the conditions of their corpus: leave conditions out")
+        if tasks and self.conditions.kind == "typology":
+            raise ValueError("data of kind 'tasks' need conditions.kind: descriptions or one_hot")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hl_scale.conditions import typology
-from hl_scale.config import DataConfig
+from hl_scale.config import DialectDataConfig
 from hl_scale.data.dialects import approximate_rules, engine_versions, unavailable_rules
 from hl_scale.data.generation import (
     PAIR_SCHEMA,
@@ -53,7 +53,7 @@ _FAILURE_SCHEMA = pa.schema(
 )  # fmt: skip
 _FAILURES_IN_MANIFEST = 100
 # Settings that decide nothing about the rows.
-_NOT_IN_FINGERPRINT = {"directory", "num_workers", "maximum_tokens", "sources"}
+_NOT_IN_FINGERPRINT = {"kind", "directory", "num_workers", "maximum_tokens", "sources"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def load_corpus(directory: str | Path) -> Corpus:
     return Corpus(directory, manifest)
 
 
-def prepare_corpus(data: DataConfig, *, force: bool = False) -> PreparedCorpus:
+def prepare_corpus(data: DialectDataConfig, *, force: bool = False) -> PreparedCorpus:
     """Build the corpus of a configuration, or keep the one there if it was built from the same settings and data.
 
     Args:
@@ -193,7 +193,9 @@ def prepare_corpus(data: DataConfig, *, force: bool = False) -> PreparedCorpus:
     return PreparedCorpus(directory, manifest, reused=False)
 
 
-def _settings(data: DataConfig, plan: RowPlan, pool: SentencePool, resources: dict[str, Resource]) -> dict[str, Any]:
+def _settings(
+    data: DialectDataConfig, plan: RowPlan, pool: SentencePool, resources: dict[str, Resource]
+) -> dict[str, Any]:
     """Everything that decides the rows; its hash tells whether an existing corpus is the one asked for."""
     lacking = unavailable_rules(resources)
     for rule, reason in lacking.items():
@@ -236,7 +238,7 @@ def _intact(directory: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _write_rows(
-    directory: Path, data: DataConfig, plan: RowPlan, pool: SentencePool, lacking: dict[str, str]
+    directory: Path, data: DialectDataConfig, plan: RowPlan, pool: SentencePool, lacking: dict[str, str]
 ) -> dict[str, Any]:
     """Transform all sentences, write their shards, and return the part of the manifest that describes the result."""
     sentences = _sentence_table(pool)

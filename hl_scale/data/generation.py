@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hl_scale.conditions import typology
-from hl_scale.config import DataConfig
+from hl_scale.config import DialectDataConfig
 from hl_scale.data.dialects import DialectEngine, Transformed
 from hl_scale.data.resources import ResourceError
 from hl_scale.data.shards import CorpusError
@@ -76,7 +76,7 @@ class RowPlan:
     densities: tuple[float, float]
 
     @classmethod
-    def from_config(cls, data: DataConfig) -> RowPlan:
+    def from_config(cls, data: DialectDataConfig) -> RowPlan:
         """The plan of a configuration, with variety names resolved.
 
         Raises:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hl_scale.config import DataConfig, SentenceSource
+from hl_scale.config import DialectDataConfig, SentenceSource
 from hl_scale.data.resources import ensure_vader_archive, verify_vader_archive
 
 _VADER_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -51,7 +51,7 @@ class SentencePool:
     sources: tuple[dict[str, Any], ...]
 
 
-def load_sentences(data: DataConfig) -> SentencePool:
+def load_sentences(data: DialectDataConfig) -> SentencePool:
     """Read all sources of `data`, pool them, and set the held-out sentences apart.
 
     Returns:
@@ -112,7 +112,7 @@ def describe(source: SentenceSource) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _selected(source: SentenceSource, position: int, data: DataConfig) -> list[str]:
+def _selected(source: SentenceSource, position: int, data: DialectDataConfig) -> list[str]:
     """Distinct sentences of one source that pass the filters, at most `source.limit` of them."""
     raw = 0
     kept: set[str] = set()

@@ -32,7 +32,7 @@ def load_inputs(config: Config, world: World) -> Inputs:
     base = load_base(config.base, config.lora, world.device)
     if training.packed:
         base.check_packing()
-    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
+    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.alignment.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
     return Inputs(base, corpus.train, sampler, corpus_fingerprint(corpus))
 

@@ -113,7 +113,7 @@ def _prepare(
     config: Config, world: World, inputs: Inputs, found: checkpoint.Found, watchdog: Watchdog, claim: Claim
 ) -> _Loop:
     """Frozen targets, hypernetwork and engine, at the checkpoint's state if there is one; collective."""
-    objective = AlignmentObjective(config.objective)
+    objective = AlignmentObjective(config.alignment)
     targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), inputs.base, objective)
 
     def progress(done: int, total: int) -> None:

@@ -167,6 +167,7 @@ def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
             name = f"{section}.{key}"
             if section in _MAY_CHANGE or name in _MAY_CHANGE:
                 continue
-            if old_tree[section][key] != new_tree[section][key]:
-                found.append((name, old_tree[section][key], new_tree[section][key]))
+            old_value = old_tree[section].get(key)  # another kind of section has other keys
+            if old_value != new_tree[section][key]:
+                found.append((name, old_value, new_tree[section][key]))
     return found

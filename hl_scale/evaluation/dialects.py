@@ -107,12 +107,12 @@ def evaluate_dialects(
     """
     started = time.perf_counter()
     settings = run.config.evaluation
-    heldout = _select(corpus, run.config.data.evaluation_varieties, settings.sentences, settings.seed)
+    heldout = _select(corpus, run.config.dialects.evaluation_varieties, settings.sentences, settings.seed)
     _check_corpus(run, control, corpus)
     _check_control(run, control)
     bootstrap = SentenceBootstrap(len(heldout.standard), samples=settings.bootstrap_samples, seed=settings.seed)
     with _progress_bar(_passes(heldout, control is not None, run.base.has_head), progress) as advance:
-        objective = AlignmentObjective(run.config.objective)
+        objective = AlignmentObjective(run.config.alignment)
         arm = _Arm(run, Measurer(run.base, objective, settings.batch_size, advance))
         plain = _Arm(control, Measurer(control.base, objective, settings.batch_size, advance)) if control else None
         tokens = arm.measurer.tokenize([pair.standard for pair in heldout.standard])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hl_scale.config import HypernetworkConfig, LoraConfig
+from hl_scale.config import HypernetworkConfig, LoraConfig, TextToLoraConfig
 from hl_scale.hypernetwork.hyperlora import HyperLora, Hypernetwork, PaperHyperLora, PlainLora
 from hl_scale.lora import Slot
 
 
 def build_hypernetwork(
-    config: HypernetworkConfig, lora: LoraConfig, slots: Sequence[Slot], condition_size: int
+    config: HypernetworkConfig | TextToLoraConfig, lora: LoraConfig, slots: Sequence[Slot], condition_size: int
 ) -> Hypernetwork:
     """The hypernetwork of a configuration, freshly initialised from torch's global generator.
 
@@ -20,6 +20,8 @@ def build_hypernetwork(
         slots: slots of the base model.
         condition_size: C, entries of a condition vector.
     """
+    if isinstance(config, TextToLoraConfig):
+        raise NotImplementedError
     if config.kind == "hyperlora":
         return HyperLora(config, lora, slots, condition_size)
     if config.kind == "hyperlora.paper":

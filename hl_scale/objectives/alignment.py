@@ -24,7 +24,7 @@ import torch
 from hl_scale.sinkhorn import sinkhorn_divergence
 
 if TYPE_CHECKING:
-    from hl_scale.config import ObjectiveConfig
+    from hl_scale.config import AlignmentConfig
 
 
 class EmptyCloudError(ValueError):
@@ -41,7 +41,7 @@ class AlignmentObjective:
         ValueError: ``objective.solver`` is geomloss and it is not installed.
     """
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: AlignmentConfig) -> None:
         self.config = config
         self._schedule: dict[str, Any] = {
             "blur": config.blur,
@@ -175,7 +175,7 @@ class AlignmentObjective:
         return torch.stack(values)
 
 
-def _geomloss_loss(config: ObjectiveConfig) -> torch.nn.Module:
+def _geomloss_loss(config: AlignmentConfig) -> torch.nn.Module:
     try:
         from geomloss import SamplesLoss
     except ImportError as error:

@@ -160,7 +160,7 @@ class _Model:
 
     def _all_phases(self, pairs: int, tokens: int) -> Iterable[Phase]:
         config = self.config
-        texts = min(TEXTS_PER_PASS, config.data.training_sentences)
+        texts = min(TEXTS_PER_PASS, config.dialects.training_sentences)
         bare = self._bare(texts, tokens)
         traced = self._traced(pairs, tokens)
         whole, held = self._loaded(), self._held(tokens)
@@ -168,7 +168,7 @@ class _Model:
         kept = round((1 + GAPS) * max(in_heap, self._heap_of_shorter(pairs, tokens)))
         gaps, freed = kept - in_heap, {FREED: kept}
         moved = self._moved_to_host(pairs, tokens)
-        clouds = min(TEXTS_PER_CHUNK, config.data.training_sentences) * tokens * self.base.hidden_size * self.item
+        clouds = min(TEXTS_PER_CHUNK, config.dialects.training_sentences) * tokens * self.base.hidden_size * self.item
         yield Phase("load", {**whole, **self._reading()})
         targets = {tracing.ACTIVATIONS: bare, TARGETS: clouds if self.on_cpu else 0}
         yield Phase("targets", {**whole, **targets, DEQUANTIZED: self._dequantized})
@@ -220,7 +220,7 @@ class _Model:
 
     @lru_cache  # noqa: B019
     def _objective(self, tokens: int) -> int:
-        objective = AlignmentObjective(self.config.objective)
+        objective = AlignmentObjective(self.config.alignment)
         return tracing.trace_objective(objective, tokens, self.base.hidden_size)
 
     @property
@@ -239,7 +239,7 @@ class _Model:
             other = self._partition(self._others) + _bytes(self._buffers)
             sizes |= {PACKED: self._partition(self.packed), OTHER: other}
         later = self.config.training.steps > 1
-        sentences = min(CLOUDS_IN_MEMORY, self.config.data.training_sentences)
+        sentences = min(CLOUDS_IN_MEMORY, self.config.dialects.training_sentences)
         sentences = min(sentences, self.config.training.steps * self.config.training.global_batch_size)
         return sizes | {
             DEQUANTIZED: self._dequantized if self.on_cpu else 0,
@@ -292,7 +292,7 @@ class _Model:
     def _process(self) -> int:
         if not self.on_cpu:
             return 0
-        data = self.config.data
+        data = self.config.dialects
         rows = len(data.training_varieties) if data.mode == "named" else data.variants_per_sentence
         pairs = data.training_sentences * (rows + data.identity_per_sentence)
         return (self.process or process_baseline(self.config.base)) + pairs * PAIR

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hl_scale.config import DataConfig, SentenceSource
+from hl_scale.config import DialectDataConfig, SentenceSource
 from hl_scale.data.dialects import DialectEngine
 
 SENTENCES = (
@@ -46,12 +46,12 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
+def data_config(tmp_path: Path) -> Callable[..., DialectDataConfig]:
     """Builds a small configuration over `SENTENCES` in `tmp_path`; keywords override fields."""
     source = tmp_path / "sentences.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
 
-    def build(**fields: object) -> DataConfig:
+    def build(**fields: object) -> DialectDataConfig:
         settings = {
             "directory": str(tmp_path / "corpus"),
             "sources": (SentenceSource(kind="jsonl", path=str(source)),),
@@ -62,6 +62,6 @@ def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
             "num_workers": 1,
             "rows_per_shard": 10,
         }
-        return DataConfig.model_validate({**settings, **fields})
+        return DialectDataConfig.model_validate({**settings, **fields})
 
     return build

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from hl_scale.conditions import typology
-from hl_scale.config import DataConfig
+from hl_scale.config import DialectDataConfig
 from hl_scale.data import corpus as corpus_module
 from hl_scale.data.corpus import load_corpus, prepare_corpus
 from hl_scale.data.dialects import DialectEngine, Transformed
@@ -20,7 +20,7 @@ from hl_scale.data.shards import CorpusError, hash_file
 
 NIGERIAN = "Nigerian English"
 AAVE = "Urban African American Vernacular English"
-Build = Callable[..., DataConfig]
+Build = Callable[..., DialectDataConfig]
 
 
 class Calls:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hl_scale.config import DataConfig, SentenceSource
+from hl_scale.config import DialectDataConfig, SentenceSource
 from hl_scale.data.resources import ResourceError
 from hl_scale.data.sentences import SentenceError, digest_texts, in_order, load_sentences
 
@@ -19,8 +19,8 @@ def numbered(count: int, words: int = 9) -> list[str]:
 
 def config(
     *sources: SentenceSource, training: int = 4, heldout: int = 2, seed: int = 0, **fields: object
-) -> DataConfig:
-    return DataConfig(
+) -> DialectDataConfig:
+    return DialectDataConfig(
         directory="unused",
         sources=sources,
         training_sentences=training,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hl_scale.base import load_base
-from hl_scale.config import ObjectiveConfig
+from hl_scale.config import AlignmentConfig
 from hl_scale.engine import targets
 from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.zero3 import World
@@ -25,7 +25,7 @@ def base(tiny_config, tmp_path_factory):
 @pytest.fixture
 def make_cache(base, tmp_path):
     def make(**objective):
-        return TargetCache(tmp_path / "targets", base, AlignmentObjective(ObjectiveConfig(**objective)))
+        return TargetCache(tmp_path / "targets", base, AlignmentObjective(AlignmentConfig(**objective)))
 
     return make
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hl_scale.config import ObjectiveConfig
+from hl_scale.config import AlignmentConfig
 from hl_scale.objectives import AlignmentObjective, EmptyCloudError
 from hl_scale.sinkhorn import sinkhorn_divergence
 
@@ -34,7 +34,7 @@ def batch(extra: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
 
 
 def objective(**options: object) -> AlignmentObjective:
-    return AlignmentObjective(ObjectiveConfig(**options))  # type: ignore[arg-type]
+    return AlignmentObjective(AlignmentConfig(**options))  # type: ignore[arg-type]
 
 
 def test_sqrt_dim_divides_by_the_square_root_of_the_dimension() -> None:
@@ -153,7 +153,7 @@ def test_an_empty_cloud_is_refused_by_row_with_the_reason() -> None:
 
 
 def test_with_a_diameter_known_self_terms_of_targets_change_neither_value_nor_gradient() -> None:
-    objective = AlignmentObjective(ObjectiveConfig(diameter=4.0))
+    objective = AlignmentObjective(AlignmentConfig(diameter=4.0))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 7, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(7) < torch.tensor([7, 4, 6])[:, None]
@@ -165,4 +165,4 @@ def test_with_a_diameter_known_self_terms_of_targets_change_neither_value_nor_gr
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     gradients = [torch.autograd.grad(values.sum(), hidden)[0] for values in results]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-12)
-    assert AlignmentObjective(ObjectiveConfig()).self_terms(target, target_mask) is None
+    assert AlignmentObjective(AlignmentConfig()).self_terms(target, target_mask) is None

@@ -8,7 +8,7 @@ import torch
 from hl_scale.base import load_base
 from hl_scale.base.loading import outline_base
 from hl_scale.conditions import typology
-from hl_scale.config import BaseModelConfig, HypernetworkConfig, LoraConfig, ObjectiveConfig
+from hl_scale.config import AlignmentConfig, BaseModelConfig, HypernetworkConfig, LoraConfig
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.objectives import AlignmentObjective
 from hl_scale.planning.tracing import (
@@ -150,13 +150,13 @@ def test_targets_need_no_graph():
 
 def test_the_objective_takes_at_least_its_costs_and_states():
     tokens, width = 33, 64
-    measured = trace_objective(AlignmentObjective(ObjectiveConfig()), tokens, width)
+    measured = trace_objective(AlignmentObjective(AlignmentConfig()), tokens, width)
     assert measured >= 4 * ((tokens - 1) ** 2 + tokens * width)
     assert trace_call(lambda: torch.zeros(KILOBYTE)) == 1000
 
 
 def test_long_clouds_are_not_computed_but_scaled_up():
-    objective = AlignmentObjective(ObjectiveConfig())
+    objective = AlignmentObjective(AlignmentConfig())
     long = trace_objective(objective, 2**20 + 1, 8)
     assert long == 2**24 * trace_objective(objective, 2**8 + 1, 8)
     assert long > 4 * 2**40  # costs alone
