@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hl_scale.config import ConfigError, dump_config, load_config, parse_config
+from hl_scale.config import Config, ConfigError, dump_config, load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -52,7 +52,15 @@ def test_every_variety_of_a_recipe_exists_and_its_batch_fits_its_workers(recipe:
     from hl_scale.data.sampling import plan_batches
 
     config = load_config(recipe, environment={})
-    for name in (*config.data.training_varieties, *config.data.evaluation_varieties):
+    varieties = (
+        ()
+        if config.data.kind == "tasks"
+        else (
+            *config.data.training_varieties,
+            *config.data.evaluation_varieties,
+        )
+    )
+    for name in varieties:
         assert typology.resolve(name) == name
     assert isinstance(config.cluster.num_workers, int)
     plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, config.cluster.num_workers)
@@ -210,12 +218,24 @@ def test_a_configuration_cannot_be_changed_after_it_was_validated() -> None:
 
 
 def test_every_field_has_a_help_text() -> None:
-    from hl_scale.config.sections import Config, Section
+    sections = Config.model_json_schema()["$defs"]
+    assert {"DialectDataConfig", "TaskDataConfig", "TaskSource", "TextToLoraConfig", "Zero3Config"} <= set(sections)
+    for name, section in sections.items():
+        for key, field in section["properties"].items():
+            assert field.get("description"), f"{name}.{key}"
 
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        for key, inner in field.annotation.model_fields.items():
-            assert inner.description, f"{name}.{key}"
+
+def test_a_kind_of_section_refuses_the_keys_of_another_and_names_no_tag() -> None:
+    message = complaint(data={"kind": "tasks", "sources": [{"kind": "builtin"}], "identity_per_sentence": 2})
+    assert "data.identity_per_sentence = 2" in message and "data.tasks" not in message
+    assert "training_examples" in complaint(data={"kind": "tasks", "training_example": 2})
+
+
+def test_data_objective_and_conditions_must_fit_each_other() -> None:
+    tasks = {"kind": "tasks", "directory": "d", "sources": [{"kind": "builtin"}]}
+    assert "supervised or reconstruction" in complaint(data=tasks)
+    assert "leave conditions out" in complaint(conditions={"kind": "one_hot"})
+    assert "use a kind of" in complaint(objective={"kind": "distillation"})
 
 
 def test_the_configuration_imports_no_torch() -> None:
