@@ -94,28 +94,58 @@ class AdaptedModel(nn.Module):
         """Whether `logits` can be asked for."""
         return self.model.get_output_embeddings() is not None
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, factors: FactorSource | None = None) -> Tensor:
+    @property
+    def output_head(self) -> nn.Linear:
+        """The frozen layer from states to logits."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise BaseModelError(f"{type(self.model).__name__} has no language-model head, so it has no logits")
+        return head
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """c of c tanh(logits / c), where the model bounds its logits."""
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        factors: FactorSource | None = None,
+        *,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """States after the final norm; the head is not run.
 
         Args:
             input_ids: (B, T) int64, padded on the right.
             attention_mask: (B, T), 1 for tokens.
             factors: E == B adapters, one per row, or E == 1, or None for the bare base.
+            noise: (B, T, D) added to the input embeddings.
 
         Returns:
             (B, T, D) in the model's dtype.
         """
-        return self._states(factors, None, input_ids=input_ids, attention_mask=attention_mask)
+        return self._states(factors, None, noise, input_ids=input_ids, attention_mask=attention_mask)
 
     def packed_hidden_states(
-        self, input_ids: Tensor, segments: Segments, factors: FactorSource | None = None
+        self,
+        input_ids: Tensor,
+        segments: Segments,
+        factors: FactorSource | None = None,
+        *,
+        adapted: Segments | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """States of texts laid end to end, without padding; each attends to itself alone.
 
         Args:
             input_ids: (T,) int64.
             segments: one per text.
-            factors: E == number of texts, or E == 1, or None.
+            factors: E adapters, one for each segment of `adapted`, or E == 1, or None.
+            adapted: the texts of each adapter; a text each unless given.
+            noise: (T, D) added to the input embeddings.
 
         Returns:
             (T, D) in the model's dtype.
@@ -129,10 +159,10 @@ class AdaptedModel(nn.Module):
             )
         sizes = [rows.stop - rows.start for rows in segments.slices()]
         positions = torch.cat([torch.arange(size, device=input_ids.device) for size in sizes])
-        by_condition = None if factors is None or factors.conditions == 1 else segments
-        return self._states(
-            factors, by_condition, input_ids=input_ids[None], position_ids=positions[None], attention_mask=None
-        )[0]
+        by_condition = None if factors is None or factors.conditions == 1 else adapted or segments
+        noise = None if noise is None else noise[None]
+        inputs = {"input_ids": input_ids[None], "position_ids": positions[None], "attention_mask": None}
+        return self._states(factors, by_condition, noise, **inputs)[0]
 
     @torch.no_grad()
     def check_packing(self) -> None:
@@ -153,10 +183,15 @@ class AdaptedModel(nn.Module):
                 "  fix: set training.packed = false"
             )
 
-    def _states(self, factors: FactorSource | None, segments: Segments | None, **inputs: Any) -> Tensor:
+    def _states(
+        self, factors: FactorSource | None, segments: Segments | None, noise: Tensor | None, **inputs: Any
+    ) -> Tensor:
         backbone = self.model.base_model if self.has_head else self.model
         if hasattr(self.model.config, "use_cache"):
             inputs["use_cache"] = False
+        if noise is not None:
+            embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = embeddings + noise.to(embeddings.dtype)
         with self._adapted(factors, segments):
             return backbone(**inputs).last_hidden_state
 

@@ -28,9 +28,8 @@ from hl_scale.conditions import typology
 from hl_scale.config import Config, load_config
 from hl_scale.data.corpus import Pair, load_corpus
 from hl_scale.data.sampling import GlobalSampler
-from hl_scale.engine.inputs import token_lengths
+from hl_scale.engine.alignment import AlignmentBatch, AlignmentModule, token_lengths
 from hl_scale.engine.targets import TargetCache, tokenize
-from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
 from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
 from hl_scale.kernels.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, dynamic_map
 from hl_scale.lora import LoraFactors
@@ -161,7 +160,7 @@ class _Case:
         for head in self.hypernetwork.get_submodule("heads_b").children():  # so that factors A have a gradient too
             assert isinstance(head, nn.Linear)
             nn.init.normal_(head.weight, std=1e-3)
-        self.module = TrainingModule(self.hypernetwork, self.base, self.objective, False)
+        self.module = AlignmentModule(self.hypernetwork, self.base, self.objective, False)
         self.stock = StockModel(config, self.base)
         self.shapes = Counter((layer.out_features, layer.in_features) for layer in self.base.linears.values())
         self.optimizer = torch.optim.AdamW(self.hypernetwork.parameters(), lr=0.0)  # steps repeat the same numbers

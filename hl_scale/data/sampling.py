@@ -85,3 +85,72 @@ class GlobalSampler:
             pool = pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, self.global_batch)
             pools.append(pool[generator.permutation(len(pool))])
         return np.concatenate(pools)
+
+
+class TaskSampler:
+    """Global batches of task examples: every task equally often, a description and some of its examples at a time.
+
+    Tasks, the descriptions of a task and its examples are each gone through in shuffled rounds. A sample is a row of
+    four numbers: task, description, example, and the number of the draw, which seeds whatever noise it gets.
+
+    Args:
+        lengths: for each task (N,) tokens of its examples.
+        descriptions: for each task how many there are.
+        global_batch: examples per step.
+        per_condition: examples that share a task and description.
+        seed: of the order.
+
+    Raises:
+        ValueError: the batch cannot be made of whole groups.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[Sequence[int]],
+        descriptions: Sequence[int],
+        global_batch: int,
+        per_condition: int,
+        seed: int,
+    ) -> None:
+        if global_batch % per_condition:
+            raise ValueError(
+                f"training.global_batch_size = {global_batch} is no multiple of data.examples_per_condition = "
+                f"{per_condition}\n  fix: change one of them"
+            )
+        self.lengths = [np.asarray(own) for own in lengths]
+        self.descriptions = list(descriptions)
+        self.global_batch = global_batch
+        self.per_condition = per_condition
+        self.seed = seed
+        self._shuffled = lru_cache(maxsize=4 * len(self.lengths) + 4)(self._shuffle)
+
+    def batch(self, step: int) -> np.ndarray:
+        """(global_batch, 4) samples of optimizer step `step` (from 0), groups with the longest examples first."""
+        groups = self.global_batch // self.per_condition
+        rows = np.stack([self._group(step * groups + number) for number in range(groups)])
+        totals = [sum(self.lengths[task][example] for task, _, example, _ in group) for group in rows]
+        return rows[np.argsort(-np.asarray(totals), kind="stable")].reshape(-1, 4)
+
+    def micro_batches(self, step: int, rank: int, plan: BatchPlan) -> list[np.ndarray]:
+        """This rank's share, cut into `accumulation` pieces: groups are dealt in turn, and cut where shares ask for it,
+        which differ by at most one sample."""
+        groups = self.batch(step).reshape(-1, self.per_condition, 4)
+        dealt = np.concatenate([groups[first :: plan.world_size] for first in range(plan.world_size)]).reshape(-1, 4)
+        return np.array_split(np.array_split(dealt, plan.world_size)[rank], plan.accumulation)
+
+    def _group(self, number: int) -> np.ndarray:
+        """(per_condition, 4) samples of group `number` since the beginning of training."""
+        visit, place = divmod(number, len(self.lengths))
+        task = int(self._shuffled(0, visit, len(self.lengths))[place])
+        description = self._pick(3 * task + 1, visit, self.descriptions[task])
+        first, count = visit * self.per_condition, len(self.lengths[task])
+        examples = [self._pick(3 * task + 2, first + i, count) for i in range(self.per_condition)]
+        draw = number * self.per_condition
+        return np.array([(task, description, example, draw + i) for i, example in enumerate(examples)])
+
+    def _pick(self, stream: int, position: int, count: int) -> int:
+        turn, place = divmod(position, count)
+        return int(self._shuffled(stream, turn, count)[place])
+
+    def _shuffle(self, stream: int, turn: int, count: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, stream, turn]).permutation(count)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hl_scale.data.durable import write_text
 from hl_scale.engine import zero3
-from hl_scale.engine.training_module import AlignmentBatch
+from hl_scale.engine.training_module import Batch
 from hl_scale.engine.zero3 import World
 
 NO_EFFECT = 1e-6
@@ -30,7 +30,7 @@ class TrainingAborted(ValueError):
 
 
 def write_nonfinite(
-    directory: Path, step: int, loss: float, passes: Sequence[tuple[list[int], float]], world: World
+    directory: Path, step: int, loss: float, passes: Sequence[tuple[list[Any], float]], world: World
 ) -> Path:
     """Write what the batch of a non-finite step was made of: nonfinite-step-000012.json; collective.
 
@@ -38,12 +38,12 @@ def write_nonfinite(
         directory: run directory.
         step: number of the step, from 1.
         loss: mean loss over all ranks.
-        passes: pair ids and loss of each of this rank's passes.
+        passes: names of samples and loss of each of this rank's passes.
         world: this process.
     """
     everywhere = zero3.gather_objects(list(passes), world)
     ranks = [
-        {"rank": rank, "passes": [{"pair_ids": ids, "loss": repr(value)} for ids, value in own]}
+        {"rank": rank, "passes": [{"samples": ids, "loss": repr(value)} for ids, value in own]}
         for rank, own in enumerate(everywhere)
     ]
     path = directory / f"nonfinite-step-{step:06d}.json"
@@ -77,7 +77,7 @@ def check_replicas(engine: Any, world: World) -> None:
             )
 
 
-def condition_effect(engine: Any, batch: AlignmentBatch, world: World) -> tuple[float, float]:
+def condition_effect(engine: Any, batch: Any, world: World) -> tuple[float, float]:
     """Loss under the pairs' own conditions, and under those of other pairs, (own, other); collective.
 
     Equal losses mean that the hypernetwork ignores its condition: it has collapsed to one adapter for all. As all ranks
@@ -94,8 +94,10 @@ def condition_effect(engine: Any, batch: AlignmentBatch, world: World) -> tuple[
     if len(batch.conditions) < 2:
         return float("nan"), float("nan")
     swapped = dataclasses.replace(batch, conditions=batch.conditions.roll(1, dims=0))
+    engine.module.eval()  # no dropout, no noise: both losses, and those of all ranks, can be compared
     with torch.no_grad():
         own, other = float(engine.module(batch)), float(engine.module(swapped))
+    engine.module.train()
     engine.empty_partition_cache()  # ZeRO-3 keeps what was gathered for a backward pass, which does not come
     for rank, loss in enumerate(losses := zero3.gather_objects(own, world)):
         if not math.isclose(loss, losses[0], rel_tol=_SAME_LOSS) and not (math.isnan(loss) and math.isnan(losses[0])):

@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.config import Config, ConfigError
-from hl_scale.data.corpus import Corpus, Pair, load_corpus
-from hl_scale.data.sampling import GlobalSampler
+from hl_scale.data.sampling import BatchPlan
 from hl_scale.engine import checkpoint, zero3
+from hl_scale.engine.alignment import AlignmentWorkload
 from hl_scale.engine.run import check_run_directory, settings_fingerprint
+from hl_scale.engine.supervised import SupervisedWorkload
+from hl_scale.engine.training_module import Batch, TrainingModule
 from hl_scale.engine.zero3 import World
+from hl_scale.hypernetwork import Hypernetwork
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Base, pairs and their order."""
+class Sampler(Protocol):
+    """Which samples make up each global batch; the same for any number of ranks."""
+
+    def batch(self, step: int) -> np.ndarray:
+        """(global_batch, ...) samples of an optimizer step, from 0."""
+
+    def micro_batches(self, step: int, rank: int, plan: BatchPlan) -> list[np.ndarray]:
+        """A rank's share, in passes."""
+
+
+class Workload(Protocol):
+    """What is trained on what: data, conditions and objective of a run.
+
+    Attributes:
+        base: the frozen base.
+        data_fingerprint: identifies what is trained on; a checkpoint goes on with the same alone.
+        condition_size: C.
+        sampler: of global batches.
+    """
 
     base: AdaptedModel
-    pairs: list[Pair]
-    sampler: GlobalSampler
     data_fingerprint: str
+    condition_size: int
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    def prepare(self, world: World, report: Callable[[str], None]) -> None:
+        """Compute what is not on disk yet; collective. `report` is told what goes on."""
+
+    def module(self, hypernetwork: Hypernetwork) -> TrainingModule:
+        """What the engine trains."""
+
+    def collate(self, samples: np.ndarray) -> Batch:
+        """Samples as a micro-batch."""
+
+    def names(self, samples: np.ndarray) -> list[Any]:
+        """What to call samples in a diagnosis."""
 
 
-def load_inputs(config: Config, world: World) -> Inputs:
+def load_inputs(config: Config, world: World) -> Workload:
     """Read and check everything, writing nothing; raises ValueErrors that say what to mend."""
-    training = config.training
     check_run_directory(config)
-    corpus = load_corpus(config.data.directory)
     base = load_base(config.base, config.lora, world.device)
-    if training.packed:
+    if config.training.packed:
         base.check_packing()
-    lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, 1 + config.alignment.skip_first_token)
-    sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
-    return Inputs(base, corpus.train, sampler, corpus_fingerprint(corpus))
+    if config.objective.kind == "alignment":
+        return AlignmentWorkload(config, base)
+    return SupervisedWorkload(config, base)
 
 
-def check_agreement(config: Config, inputs: Inputs, world: World) -> None:
+def check_agreement(config: Config, inputs: Workload, world: World) -> None:
     """Ranks on several nodes read their own files and variables: all must have found the same; collective.
 
     Raises:
@@ -64,7 +98,7 @@ def check_agreement(config: Config, inputs: Inputs, world: World) -> None:
                     )
 
 
-def find_checkpoint(config: Config, inputs: Inputs, world: World) -> checkpoint.Found:
+def find_checkpoint(config: Config, inputs: Workload, world: World) -> checkpoint.Found:
     """The checkpoint to go on from, and what was wrong with newer ones; the same on every rank; collective.
 
     Raises:
@@ -83,7 +117,7 @@ def find_checkpoint(config: Config, inputs: Inputs, world: World) -> checkpoint.
     return found
 
 
-def _check_origin(found: checkpoint.Checkpoint, config: Config, inputs: Inputs) -> None:
+def _check_origin(found: checkpoint.Checkpoint, config: Config, inputs: Workload) -> None:
     manifest = found.manifest
     for name, saved, now in (
         ("base_fingerprint", manifest.base_fingerprint, inputs.base.fingerprint),
@@ -95,40 +129,3 @@ def _check_origin(found: checkpoint.Checkpoint, config: Config, inputs: Inputs) 
                 f"{found.directory} was trained with {name} {saved[:12]}, now it is {now[:12]}\n"
                 "  fix: restore that model, corpus or configuration, or choose another run.directory"
             )
-
-
-def token_lengths(base: AdaptedModel, pairs: list[Pair], maximum_tokens: int, minimum_tokens: int = 1) -> list[int]:
-    """Tokens of each dialect sentence.
-
-    Raises:
-        ConfigError: a sentence is longer than `maximum_tokens` or the model's context, or has fewer than
-            `minimum_tokens`, so that none is left to align.
-    """
-    limit = min(maximum_tokens, base.context_length)
-    dialect = _token_counts(base, [pair.dialect for pair in pairs])
-    standard = _token_counts(base, [pair.standard for pair in pairs])
-    for pair, own, other in zip(pairs, dialect, standard, strict=True):
-        if max(own, other) > limit:
-            raise ConfigError(
-                f"pair {pair.pair_id} has {max(own, other)} tokens, more than {limit} "
-                f"(data.maximum_tokens = {maximum_tokens}, context of the base = {base.context_length}): "
-                f"{pair.dialect[:60]!r}\n"
-                "  fix: raise data.maximum_tokens, or lower data.maximum_words and prepare again"
-            )
-        if min(own, other) < minimum_tokens:
-            raise ConfigError(
-                f"pair {pair.pair_id} has a sentence of {min(own, other)} tokens where {minimum_tokens} are needed: "
-                f"{pair.standard[:60]!r} / {pair.dialect[:60]!r}\n  fix: prepare again without empty sentences"
-            )
-    return dialect
-
-
-def _token_counts(base: AdaptedModel, texts: list[str]) -> list[int]:
-    """Tokens of each text; some texts at a time, for the encoding of one takes kilobytes."""
-    chunks = (texts[start : start + 512] for start in range(0, len(texts), 512))
-    return [len(ids) for chunk in chunks for ids in base.tokenizer(chunk)["input_ids"]]
-
-
-def corpus_fingerprint(corpus: Corpus) -> str:
-    """What identifies the training data: the settings fingerprint in its manifest."""
-    return str(corpus.manifest["fingerprint"])

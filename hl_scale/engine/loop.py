@@ -16,27 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from hl_scale.conditions import typology
 from hl_scale.config import Config, TrainingConfig
 from hl_scale.data.sampling import BatchPlan, plan_batches
 from hl_scale.engine import checkpoint, health, zero3
 from hl_scale.engine.checkpoint_writer import CheckpointWriter, Retention, restore_random_states
 from hl_scale.engine.health import TrainingAborted
-from hl_scale.engine.inputs import Inputs, check_agreement, find_checkpoint, load_inputs
+from hl_scale.engine.inputs import Workload, check_agreement, find_checkpoint, load_inputs
 from hl_scale.engine.interruption import stop_on_signal
 from hl_scale.engine.memory import peak_bytes, return_large_blocks
 from hl_scale.engine.progress import Reporter, check_loggers
 from hl_scale.engine.run import check_run_directory, open_run_directory, settings_fingerprint
 from hl_scale.engine.run_lock import Claim, check_shared, exclusive
-from hl_scale.engine.targets import TargetCache, tokenize
-from hl_scale.engine.training_module import AlignmentBatch, TrainingModule
 from hl_scale.engine.watchdog import Watchdog
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import build_hypernetwork
-from hl_scale.objectives.alignment import AlignmentObjective
 
 
 @dataclass(frozen=True)
@@ -110,23 +105,20 @@ def train(config: Config, *, hooks: Hooks | None = None, stop_at: int | None = N
 
 
 def _prepare(
-    config: Config, world: World, inputs: Inputs, found: checkpoint.Found, watchdog: Watchdog, claim: Claim
+    config: Config, world: World, inputs: Workload, found: checkpoint.Found, watchdog: Watchdog, claim: Claim
 ) -> _Loop:
     """Frozen targets, hypernetwork and engine, at the checkpoint's state if there is one; collective."""
-    objective = AlignmentObjective(config.alignment)
-    targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), inputs.base, objective)
 
-    def progress(done: int, total: int) -> None:
-        watchdog.beat(f"computing frozen targets: chunk {done + 1} of {total}")
-        if world.is_main and done % 4 == 0:
-            print(f"computing frozen targets: {done}/{total} chunks", flush=True)
+    def progress(what: str) -> None:
+        watchdog.beat(what)
+        if world.is_main:
+            print(what, flush=True)
 
-    targets.prepare([pair.standard for pair in inputs.pairs], world, progress)
+    inputs.prepare(world, progress)
     watchdog.beat("building the engine")
     torch.manual_seed(config.run.seed)
-    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, inputs.base.slots, typology.NUM_FEATURES)
-    partitioned, packed = config.base.placement == "zero3", config.training.packed
-    module = TrainingModule(hypernetwork, inputs.base, objective, partitioned, packed).to(world.device)
+    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, inputs.base.slots, inputs.condition_size)
+    module = inputs.module(hypernetwork).to(world.device)
     zero3.gather_at_once(mlp.module for mlp in inputs.base.tiled_mlps)
     last = found.checkpoint
     with zero3.together(world):
@@ -150,7 +142,7 @@ def _prepare(
         config.training.commit,
         found.damaged,
     )
-    return _Loop(config, world, plan, engine, inputs, targets, last, watchdog, writer)
+    return _Loop(config, world, plan, engine, inputs, last, watchdog, writer)
 
 
 def _open_reporter(config: Config, found: checkpoint.Found) -> Reporter:
@@ -174,14 +166,13 @@ class _Loop:
         world: World,
         plan: BatchPlan,
         engine: Any,
-        inputs: Inputs,
-        targets: TargetCache,
+        inputs: Workload,
         found: checkpoint.Checkpoint | None,
         watchdog: Watchdog,
         writer: CheckpointWriter,
     ) -> None:
         self.config, self.world, self.plan, self.engine = config, world, plan, engine
-        self.inputs, self.targets, self.found, self.watchdog = inputs, targets, found, watchdog
+        self.inputs, self.found, self.watchdog = inputs, found, watchdog
         self.directory = Path(config.run.directory)
         self.writer = writer
         self.checksums = inputs.base.checksums()
@@ -248,10 +239,10 @@ class _Loop:
     def _examine(self, step: int, say: Callable[[str], None]) -> dict[str, float]:
         """Look for what shows no error, before a checkpoint is written; collective."""
         health.check_replicas(self.engine, self.world)
-        if self.config.hypernetwork.kind == "plain_lora":
+        if not self.config.hypernetwork.learns_conditions:
             return {}
         probe = self.inputs.sampler.batch(step - 1)[: self.plan.micro_batch]
-        own, other = health.condition_effect(self.engine, self.collate(probe).to(self.world.device), self.world)
+        own, other = health.condition_effect(self.engine, self.inputs.collate(probe).to(self.world.device), self.world)
         if math.isnan(own):
             return {}
         learnt = step > max(10, self.config.training.warmup_ratio * self.config.training.steps)
@@ -292,12 +283,12 @@ class _Loop:
             weight = self.plan.weight(len(samples))
             # A rank without a sample takes part in every collective with one that does not count.
             samples = samples if len(samples) else self.inputs.sampler.batch(step)[:1]
-            batch = self.collate(samples).to(self.world.device)
+            batch = self.inputs.collate(samples).to(self.world.device)
             loss = self.engine(batch) * weight
             self.engine.backward(loss)
             self.engine.step()
-            passes.append(([self.inputs.pairs[int(sample)].pair_id for sample in samples], loss.item()))
-            tokens += int(batch.attention_mask.sum()) if weight else 0
+            passes.append((self.inputs.names(samples), loss.item()))
+            tokens += batch.tokens if weight else 0
         loss_sum = sum(loss for _, loss in passes) / self.plan.accumulation
         mine = [loss_sum / self.world.size, float(tokens), float(stop_requested()), float(self.writer.is_written)]
         loss_sum, token_sum, stops, written = zero3.reduce_sum(mine, self.world)
@@ -322,29 +313,7 @@ class _Loop:
             metrics["trunk_gradient_norm"] = hypernetwork.trunk_gradient_norm
         return metrics | zero3.communication_metrics(communicated, self.world)
 
-    def collate(self, samples: np.ndarray) -> AlignmentBatch:
-        """Sample numbers to a padded micro-batch with its distinct conditions."""
-        pairs = [self.inputs.pairs[int(sample)] for sample in samples]
-        input_ids, attention_mask = tokenize(self.inputs.base, [pair.dialect for pair in pairs])
-        clouds = [self.targets.get(pair.standard) for pair in pairs]
-        target = torch.nn.utils.rnn.pad_sequence(clouds, batch_first=True)
-        sizes = torch.tensor([len(cloud) for cloud in clouds])
-        self_terms = [self.targets.self_term(pair.standard) for pair in pairs]
-        known = [term for term in self_terms if term is not None]  # all or none
-        rows: dict[bytes, int] = {}
-        index = [rows.setdefault(pair.vector.tobytes(), len(rows)) for pair in pairs]
-        conditions = np.stack([np.frombuffer(row, dtype=np.float32) for row in rows])
-        return AlignmentBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            conditions=torch.from_numpy(conditions.copy()),
-            condition_index=torch.tensor(index),
-            target=target,
-            target_mask=torch.arange(target.shape[1])[None] < sizes[:, None],
-            target_self=torch.cat(known) if known else None,
-        )
-
-    def _count_skips(self, skipped: bool, step: int, loss: float, passes: list[tuple[list[int], float]]) -> None:
+    def _count_skips(self, skipped: bool, step: int, loss: float, passes: list[tuple[list[Any], float]]) -> None:
         self.skipped_steps += skipped
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
         if not skipped:

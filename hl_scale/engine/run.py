@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from hl_scale.base import AdaptedModel, load_base
-from hl_scale.conditions import typology
 from hl_scale.config import Config, ConfigError, dump_config, load_config
 from hl_scale.data.durable import write_text
 from hl_scale.engine import checkpoint
+from hl_scale.engine.conditions import Conditions, open_conditions
 from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
 
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geomloss", "peft", "value-nlp", "numpy")
@@ -44,6 +44,7 @@ class LoadedRun:
     config: Config
     base: AdaptedModel
     hypernetwork: Hypernetwork
+    conditions: Conditions
     step: int
     data_fingerprint: str | None = None
     """Of the corpus it was trained on."""
@@ -86,10 +87,11 @@ def load_run(
             "  fix: restore the model revision or the quantisation settings of that run"
         )
     whole = config.hypernetwork.model_copy(update={"generate_per_block": False})
-    hypernetwork = build_hypernetwork(whole, config.lora, base.slots, typology.NUM_FEATURES)
+    conditions = open_conditions(config, base)
+    hypernetwork = build_hypernetwork(whole, config.lora, base.slots, conditions.size)
     checkpoint.load_weights(hypernetwork, found, prefix="hypernetwork.")
     hypernetwork.requires_grad_(False).eval().to(device)
-    return LoadedRun(directory, config, base, hypernetwork, found.step, found.manifest.data_fingerprint)
+    return LoadedRun(directory, config, base, hypernetwork, conditions, found.step, found.manifest.data_fingerprint)
 
 
 def check_run_directory(config: Config) -> None:

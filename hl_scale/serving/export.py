@@ -54,7 +54,8 @@ def generate_adapter(
 
     Args:
         run: the trained hypernetwork with its base.
-        condition: "dialect:Nigerian English", "standard" or "features:FILE.json" (see `typology.parse_condition`).
+        condition: "dialect:Nigerian English", "standard" or "features:FILE.json" for dialects, "task:NAME" or
+            "description:WORDS" for tasks.
         directory: where to write; must not exist unless ``force``.
         base_model_name_or_path: what the adapter names as its base; the run's own base unless given.
         force: replace a directory that hl_scale wrote earlier.
@@ -170,7 +171,7 @@ def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None
 
 def generate_factors(run: LoadedRun, condition: str) -> tuple[typology.Condition, LoraFactors]:
     """Parse a condition and generate its factors (E = 1)."""
-    parsed = typology.parse_condition(condition)
+    parsed = run.conditions.parse(condition)
     device = next(run.base.model.parameters()).device
     with torch.no_grad():
         factors = run.hypernetwork(torch.tensor(parsed.vector)[None].float().to(device))

@@ -18,7 +18,7 @@ from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.sampling import GlobalSampler
-from hl_scale.engine.inputs import token_lengths
+from hl_scale.engine.alignment import token_lengths
 from hl_scale.engine.targets import tokenize
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.objectives.alignment import AlignmentObjective

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hl_scale.engine import loop
+from hl_scale.engine import alignment
 from hl_scale.engine.loop import TrainingAborted, train
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -51,7 +51,7 @@ def test_a_parameter_that_no_gradient_reaches_is_named(tiny_config, tmp_path, ca
 
 
 def test_a_run_in_which_nothing_is_learnt_is_ended(tiny_config, tmp_path, monkeypatch):
-    forward = loop.TrainingModule.forward
-    monkeypatch.setattr(loop.TrainingModule, "forward", lambda self, batch: forward(self, batch) * 0.0)
+    forward = alignment.AlignmentModule.forward
+    monkeypatch.setattr(alignment.AlignmentModule, "forward", lambda self, batch: forward(self, batch) * 0.0)
     with pytest.raises(TrainingAborted, match="no gradient has reached any parameter in 2 steps"):
         train(tiny_config(tmp_path / "run"))

@@ -119,7 +119,7 @@ def test_a_run_that_stays_non_finite_aborts_naming_its_pairs_and_keeps_its_last_
     dumps = sorted((tmp_path / "run").glob("nonfinite-step-*.json"))
     assert [path.name for path in dumps] == [f"nonfinite-step-{step:06d}.json" for step in (4, 5, 6, 7, 8)]
     (share,) = json.loads(dumps[0].read_text())["ranks"]
-    assert share["passes"][0]["loss"] == "nan" and len(share["passes"][0]["pair_ids"]) == 8
+    assert share["passes"][0]["loss"] == "nan" and len(share["passes"][0]["samples"]) == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

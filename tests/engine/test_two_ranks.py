@@ -200,7 +200,7 @@ def test_an_aborted_run_writes_the_pairs_and_losses_of_every_rank(ranks):
     message = ranks.answers[0]["poisoned"]["message"]
     assert "step 6: loss nan, 3 non-finite steps in a row" in message
     ranks_written = json.loads((ranks.root / "poisoned" / "nonfinite-step-000006.json").read_text())["ranks"]
-    pairs = [pair for share in ranks_written for one in share["passes"] for pair in one["pair_ids"]]
+    pairs = [pair for share in ranks_written for one in share["passes"] for pair in one["samples"]]
     assert len(set(pairs)) == 8 and all(0 <= pair < 48 for pair in pairs)
     assert [share["passes"][0]["loss"] == "nan" for share in ranks_written] == [False, True]
 

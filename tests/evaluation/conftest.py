@@ -15,6 +15,7 @@ from hl_scale.base.loading import adapt_model
 from hl_scale.conditions import typology
 from hl_scale.config import parse_config
 from hl_scale.data.corpus import Pair
+from hl_scale.engine.conditions import TypologyConditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.hypernetwork import build_hypernetwork
 
@@ -116,6 +117,6 @@ def make_run(tmp_path):
         with torch.no_grad():
             for parameter in hypernetwork.parameters():
                 parameter.add_(spread * torch.randn_like(parameter))
-        return LoadedRun(directory, config, base, hypernetwork.eval(), 10)
+        return LoadedRun(directory, config, base, hypernetwork.eval(), TypologyConditions(), 10)
 
     return make

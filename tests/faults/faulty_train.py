@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from hl_scale.engine import checkpoint_writer, loop, training_module, zero3  # noqa: E402
+from hl_scale.engine import alignment, checkpoint_writer, loop, zero3  # noqa: E402
 
 FAULT = json.loads(os.environ["FAULT"])
 NOW: dict[str, Any] = {"step": 0, "saving": None}
@@ -100,10 +100,10 @@ def manifest_or_latest(name: str) -> Callable[..., bool]:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "forward": lambda: before(training_module.TrainingModule, "forward", stepping, kill),
+    "forward": lambda: before(alignment.AlignmentModule, "forward", stepping, kill),
     # The other ranks are in it already, or come to it later and find nobody there.
     "all_reduce": lambda: before(zero3.dist, "all_reduce", stepping, kill),
-    "stopped": lambda: before(training_module.TrainingModule, "forward", stepping, lambda: happen(signal.SIGSTOP)),
+    "stopped": lambda: before(alignment.AlignmentModule, "forward", stepping, lambda: happen(signal.SIGSTOP)),
     "save_begun": lambda: before(checkpoint_writer, "random_states", saving, kill),
     "half_shard": lambda: before(checkpoint_writer, "_write_shard", saving, half_a_shard),
     "shard_unflushed": lambda: before(checkpoint_writer, "flush", saving, kill),

@@ -11,6 +11,7 @@ from hl_scale.base import load_base
 from hl_scale.base.loading import resolve_model
 from hl_scale.conditions import typology
 from hl_scale.config import load_config
+from hl_scale.engine.conditions import TypologyConditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.serving import generate_adapter, merge_adapter
@@ -29,7 +30,7 @@ def run(tmp_path_factory) -> LoadedRun:
     with torch.no_grad():
         for parameter in hypernetwork.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    return LoadedRun(tmp_path_factory.mktemp("run"), config, base, hypernetwork.eval(), 1)
+    return LoadedRun(tmp_path_factory.mktemp("run"), config, base, hypernetwork.eval(), TypologyConditions(), 1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,270 @@
+"""Task sets: descriptions in plain words, and examples of input and answer, prepared once and read back verified.
+
+The input of an example carries no instruction: what to do with it is told by the description alone. Tasks and
+wordings that are set apart are never trained on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from hl_scale.config import TaskDataConfig
+from hl_scale.data.shards import (
+    FORMAT_VERSION,
+    CorpusError,
+    ShardWriter,
+    read_manifest,
+    read_shards,
+    replaced_directory,
+    verify_shards,
+    write_manifest,
+)
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,119}")
+_TEXTS = pa.list_(pa.string())
+TASK_SCHEMA = pa.schema(
+    {"name": pa.string(), "family": pa.string(), "answers": pa.string(), "descriptions": _TEXTS,
+     "heldout_descriptions": _TEXTS, "seen": pa.bool_(), "checker": pa.string(), "variety": pa.string()}
+)  # fmt: skip
+EXAMPLE_SCHEMA = pa.schema(
+    {"task": pa.int32(), "split": pa.string(), "input": pa.string(), "answer": pa.string(), "metadata": pa.string()}
+)
+# Settings of how tasks are put to the model; they decide nothing about what is prepared.
+_NOT_IN_FINGERPRINT = {
+    "directory", "maximum_tokens", "rows_per_shard", "examples_per_condition", "prompt", "description_in_prompt",
+    "answer_prefix", "answer_end", "chat_template",
+}  # fmt: skip
+
+
+class TaskError(ValueError):
+    """Tasks that cannot be used; the message names each, and the fix."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and its answer, a single line each way of reading it; `metadata` is JSON for checkers that need it."""
+
+    input: str
+    answer: str
+    metadata: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: unique; lower-case letters, digits, `_`, `.`, `-`.
+        family: tasks over the same inputs share it.
+        answers: `choice` if every answer is one of at most three labels, which a model may guess; else `open`.
+        descriptions: wordings to train on.
+        heldout_descriptions: other wordings, for evaluation only.
+        train, test: examples; no input of `test` is one of `train`.
+        seen: whether it is trained on.
+        checker: what says whether an output is right, see `hl_scale.data.checkers`.
+        variety: English variety of its answers, or "".
+    """
+
+    name: str
+    family: str
+    answers: Literal["open", "choice"]
+    descriptions: tuple[str, ...]
+    heldout_descriptions: tuple[str, ...]
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    seen: bool = True
+    checker: str = "exact"
+    variety: str = ""
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """A verified task set on disk: its folder, manifest and tasks."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    tasks: tuple[Task, ...]
+
+    @property
+    def seen(self) -> tuple[Task, ...]:
+        """Tasks to train on."""
+        return tuple(task for task in self.tasks if task.seen)
+
+    @property
+    def heldout(self) -> tuple[Task, ...]:
+        """Tasks that are never trained on."""
+        return tuple(task for task in self.tasks if not task.seen)
+
+    def task(self, name: str) -> Task:
+        """By name; TaskError lists what there is."""
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        known = ", ".join(task.name for task in self.tasks[:8])
+        raise TaskError(f"{self.directory} has no task {name!r}; it has {known} ...\n  fix: use one of these")
+
+
+@dataclass(frozen=True)
+class PreparedTasks:
+    """What `prepare_tasks` made or found: the set, and whether an existing one was kept."""
+
+    tasks: TaskSet
+    reused: bool
+
+
+def select_tasks(tasks: Iterable[Task], data: TaskDataConfig) -> list[Task]:
+    """The tasks of `data.tasks`, those of `data.heldout_tasks` marked as never trained on.
+
+    Raises:
+        TaskError: a pattern matches no task.
+    """
+    found = list(tasks)
+    for field, patterns in (("tasks", data.tasks), ("heldout_tasks", data.heldout_tasks)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(task.name, pattern) for task in found):
+                some = ", ".join(task.name for task in found[:6])
+                raise TaskError(f"data.{field} names {pattern!r}, which no task is called; there are {some} ...")
+    if data.tasks:
+        found = [task for task in found if _matches(task.name, data.tasks)]
+    return [replace(task, seen=False) if _matches(task.name, data.heldout_tasks) else task for task in found]
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Refuse what no training could use.
+
+    Raises:
+        TaskError: lists every problem: names, missing examples, descriptions or answers, test inputs that are trained
+            on, wordings that are held out and trained on.
+    """
+    problems = []
+    names: set[str] = set()
+    for task in tasks:
+        if not _NAME.fullmatch(task.name):
+            problems.append(f"{task.name!r}: a name is lower-case letters, digits, '_', '.', '-'")
+        if task.name in names:
+            problems.append(f"{task.name}: there are two tasks of this name")
+        names.add(task.name)
+        problems += [f"{task.name}: {problem}" for problem in _problems(task)]
+    if not any(task.seen for task in tasks):
+        problems.append("no task is left to train on")
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise TaskError(
+            "these tasks cannot be used:\n  "
+            + "\n  ".join(problems[:8])
+            + more
+            + "\n  fix: mend the source, or leave such tasks out with data.tasks"
+        )
+
+
+def _problems(task: Task) -> list[str]:
+    found = []
+    if not task.test or (task.seen and not task.train):
+        found.append(f"it has {len(task.train)} training and {len(task.test)} test examples; both are needed")
+    if not task.descriptions:
+        found.append("it has no description to train on")
+    if any(not text.strip() for text in (*task.descriptions, *task.heldout_descriptions)):
+        found.append("a description is empty")
+    if set(task.descriptions) & set(task.heldout_descriptions):
+        found.append("a held-out description is also trained on")
+    if any(not example.answer.strip() for example in (*task.train, *task.test)):
+        found.append("an answer is empty")
+    if {example.input for example in task.train} & {example.input for example in task.test}:
+        found.append("a test input is also trained on")
+    return found
+
+
+def prepare_tasks(data: TaskDataConfig, *, force: bool = False) -> PreparedTasks:
+    """Collect the tasks of all sources, check them, and write them; an intact set of the same settings is kept.
+
+    Raises:
+        TaskError: see `check_tasks`, or a source that cannot be read.
+        CorpusError: the folder holds something else.
+    """
+    from hl_scale.data.task_sources import read_sources
+
+    directory = Path(data.directory)
+    tasks = select_tasks(read_sources(data), data)
+    check_tasks(tasks)
+    content = hashlib.sha256(repr(tasks).encode()).hexdigest()
+    settings = {"config": data.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT), "content": content}
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if not force and directory.exists():
+        try:
+            existing = load_tasks(directory)
+        except CorpusError:
+            existing = None
+        if existing is not None and existing.manifest["fingerprint"] == fingerprint:
+            return PreparedTasks(existing, reused=True)
+    with replaced_directory(directory) as fresh:
+        writers = {
+            "tasks": ShardWriter(fresh, "tasks", TASK_SCHEMA, data.rows_per_shard),
+            "examples": ShardWriter(fresh, "examples", EXAMPLE_SCHEMA, data.rows_per_shard),
+        }
+        writers["tasks"].add(pa.Table.from_pylist([_row(task) for task in tasks], TASK_SCHEMA))
+        for number, task in enumerate(tasks):
+            writers["examples"].add(pa.Table.from_pylist(_example_rows(number, task), EXAMPLE_SCHEMA))
+        shards = {name: writer.close() for name, writer in writers.items()}
+        counts = {
+            "tasks": len(tasks),
+            "heldout_tasks": sum(not task.seen for task in tasks),
+            "descriptions": sum(len(task.descriptions) + len(task.heldout_descriptions) for task in tasks),
+            "examples": sum(len(task.train) + len(task.test) for task in tasks),
+        }
+        manifest = {
+            "format_version": FORMAT_VERSION, "kind": "tasks", "fingerprint": fingerprint, **settings, "counts": counts,
+            "shards": shards,
+        }  # fmt: skip
+        write_manifest(fresh, manifest)
+    return PreparedTasks(load_tasks(directory), reused=False)
+
+
+def load_tasks(directory: str | Path) -> TaskSet:
+    """Open a prepared task set.
+
+    Raises:
+        CorpusError: there is none, it is a corpus of another kind, or a file is missing or damaged.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest.get("kind") != "tasks":
+        raise CorpusError(
+            f"{directory} holds parallel sentences, not tasks\n"
+            "  fix: set data.directory to the folder of a task set, or to a new one and run hl-scale prepare CONFIG"
+        )
+    verify_shards(directory, manifest)
+    examples: dict[tuple[int, str], list[Example]] = {}
+    for row in read_shards(directory, manifest, "examples", EXAMPLE_SCHEMA).to_pylist():
+        example = Example(row["input"], row["answer"], row["metadata"])
+        examples.setdefault((row["task"], row["split"]), []).append(example)
+    tasks = []
+    for number, row in enumerate(read_shards(directory, manifest, "tasks", TASK_SCHEMA).to_pylist()):
+        row |= {name: tuple(row[name]) for name in ("descriptions", "heldout_descriptions")}
+        row |= {split: tuple(examples.get((number, split), ())) for split in ("train", "test")}
+        tasks.append(Task(**row))
+    return TaskSet(directory, manifest, tuple(tasks))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _row(task: Task) -> dict[str, Any]:
+    return {name: getattr(task, name) for name in TASK_SCHEMA.names}
+
+
+def _example_rows(number: int, task: Task) -> list[dict[str, Any]]:
+    return [
+        {"task": number, "split": split, **vars(example)}
+        for split, examples in (("train", task.train), ("test", task.test))
+        for example in examples
+    ]
