@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hl_scale.config import HypernetworkConfig, LoraConfig, TextToLoraConfig
 from hl_scale.hypernetwork.hyperlora import HyperLora, Hypernetwork, PaperHyperLora, PlainLora
+from hl_scale.hypernetwork.text_to_lora import SIZES, TextToLora
 from hl_scale.lora import Slot
 
 
@@ -21,7 +22,7 @@ def build_hypernetwork(
         condition_size: C, entries of a condition vector.
     """
     if isinstance(config, TextToLoraConfig):
-        raise NotImplementedError
+        return SIZES[config.size](config, lora, slots, condition_size)
     if config.kind == "hyperlora":
         return HyperLora(config, lora, slots, condition_size)
     if config.kind == "hyperlora.paper":
@@ -29,4 +30,4 @@ def build_hypernetwork(
     return PlainLora(lora, slots, condition_size)
 
 
-__all__ = ["HyperLora", "Hypernetwork", "PaperHyperLora", "PlainLora", "build_hypernetwork"]
+__all__ = ["HyperLora", "Hypernetwork", "PaperHyperLora", "PlainLora", "TextToLora", "build_hypernetwork"]

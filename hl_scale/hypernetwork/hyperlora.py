@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from hl_scale.lora import LoraFactors, Slot, lora_scale
 
 
 class Hypernetwork(nn.Module):
-    """Base: groups slots by shape and assembles head outputs into `LoraFactors`.
+    """Base: groups slots that share heads and assembles head outputs into `LoraFactors`.
 
     Args:
         lora: rank and scale convention.
@@ -40,14 +41,24 @@ class Hypernetwork(nn.Module):
         self.rank = lora.rank
         self.scale = lora_scale(lora.scale_convention, lora.alpha, lora.rank)
         self.condition_size = condition_size
-        self.groups: dict[str, list[int]] = {}
-        for index, slot in enumerate(self.slots):
-            self.groups.setdefault(f"{slot.in_features}x{slot.out_features}", []).append(index)
+        self.groups = self.group(self.slots)
         self.trunk_gradient_norm: float | None = None
         self.dead_unit_share = 0.0
 
+    @staticmethod
+    def group_of(slot: Slot) -> str:
+        """Name of a slot's group; slots of a group have one shape."""
+        return f"{slot.in_features}x{slot.out_features}"
+
+    def group(self, slots: Sequence[Slot]) -> dict[str, list[int]]:
+        """Group -> positions of its slots among `slots`."""
+        groups: dict[str, list[int]] = {}
+        for position, slot in enumerate(slots):
+            groups.setdefault(self.group_of(slot), []).append(position)
+        return groups
+
     def shape_of(self, group: str) -> tuple[int, int]:
-        """(in, out) of a shape group."""
+        """(in, out) of a group."""
         slot = self.slots[self.groups[group][0]]
         return slot.in_features, slot.out_features
 
@@ -79,9 +90,13 @@ class Hypernetwork(nn.Module):
         return LoraFactors(slots, factors_a, factors_b, self.scale)
 
     def watch_trunk(self, hidden: Tensor) -> Tensor:
-        """Record the share of trunk units that never fire and, in backward, the gradient norm at the trunk's output."""
+        """Record the share of a ReLU trunk's units that never fire, and what `watch_gradient` records."""
         with torch.no_grad():
             self.dead_unit_share = 1.0 - (hidden > 0).flatten(0, -2).any(dim=0).float().mean().item()
+        return self.watch_gradient(hidden)
+
+    def watch_gradient(self, hidden: Tensor) -> Tensor:
+        """Record in backward the gradient norm at the trunk's output (a SiLU trunk has no units that never fire)."""
         if hidden.requires_grad:
             hidden.register_hook(self._record_trunk_gradient)
         return hidden
@@ -131,9 +146,7 @@ class HyperLora(Hypernetwork):
 
     def generate(self, slots: Sequence[Slot], hidden: Tensor) -> LoraFactors:
         """Trunk outputs (E, K, width) of some slots -> their factors, by one call of each head they need."""
-        groups: dict[str, list[int]] = {}
-        for position, slot in enumerate(slots):
-            groups.setdefault(f"{slot.in_features}x{slot.out_features}", []).append(position)
+        groups = self.group(slots)
         a, b = {}, {}
         for group, positions in groups.items():
             rows = hidden[:, positions]
@@ -141,15 +154,25 @@ class HyperLora(Hypernetwork):
         return self.assemble(a, b, slots, groups)
 
 
+class PerBlockGenerator(Protocol):
+    """A hypernetwork that can generate the factors of some slots from its trunk's outputs for them."""
+
+    slots: tuple[Slot, ...]
+    scale: float
+
+    def generate(self, slots: Sequence[Slot], hidden: Tensor) -> LoraFactors:
+        """Trunk outputs (E, K, ...) of K slots -> their factors."""
+
+
 class GeneratedFactors:
     """A `FactorSource` that generates the factors of a block's slots where the block runs.
 
     Args:
         hypernetwork: whose heads are called.
-        hidden: trunk outputs (E, K, width) of all its slots.
+        hidden: trunk outputs (E, K, ...) of all its slots.
     """
 
-    def __init__(self, hypernetwork: HyperLora, hidden: Tensor) -> None:
+    def __init__(self, hypernetwork: PerBlockGenerator, hidden: Tensor) -> None:
         self.hypernetwork, self.hidden = hypernetwork, hidden
         self._position = {slot.path: position for position, slot in enumerate(hypernetwork.slots)}
 
@@ -172,7 +195,7 @@ class GeneratedFactors:
         return GeneratedFactors(self.hypernetwork, self.hidden.index_select(0, rows.to(self.hidden.device)))
 
     def inputs(self, slots: Sequence[Slot]) -> list[Tensor]:
-        """See `FactorSource`: the trunk outputs (E, K, width) of these slots."""
+        """See `FactorSource`: the trunk outputs (E, K, ...) of these slots."""
         return [self.hidden[:, [self._position[slot.path] for slot in slots]]]
 
     def build(self, slots: Sequence[Slot], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
