@@ -42,10 +42,18 @@ def prepare(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option(help="build anew even if a matching corpus exists")] = False,
 ) -> None:
-    """Build the parallel corpus: split, transform by Ray Data, write Parquet shards and a manifest."""
+    """Build the parallel corpus or the task set of a configuration: Parquet shards and a manifest."""
+    data = load_config(config, overrides or ()).data
+    if data.kind == "tasks":
+        from hl_scale.data.tasks import prepare_tasks
+
+        made = prepare_tasks(data, force=force)
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.tasks.manifest["counts"].items())
+        print(f"task set {'up to date' if made.reused else 'written'}: {made.tasks.directory} ({counts})")
+        return
     from hl_scale.data.corpus import prepare_corpus
 
-    prepared = prepare_corpus(load_config(config, overrides or ()).dialects, force=force)
+    prepared = prepare_corpus(data, force=force)
     rows = prepared.manifest["rows"]
     state = "up to date" if prepared.reused else "written"
     print(f"corpus {state}: {prepared.directory} ({rows['written']} pairs, {rows['failed']} rows failed)")

@@ -106,7 +106,9 @@ class OneHotConditions:
         kind, _, value = text.partition(":")
         names = [task.name for task in self.tasks]
         if kind != "task" or value not in names:
-            raise ConfigError(f"condition {text!r} is no trained task\n  fix: use task:NAME, one of {', '.join(names[:8])}")
+            raise ConfigError(
+                f"condition {text!r} is no trained task\n  fix: use task:NAME, one of {', '.join(names[:8])}"
+            )
         return Condition(value, self.vector(names.index(value))[0])
 
 
@@ -189,5 +191,3 @@ class TaskVectors:
         width = self.conditions.encoder.width
         noise = np.random.default_rng([self.seed, 7, draw]).normal(scale=self.noise, size=width).astype(np.float32)
         return np.concatenate((found[:width] + noise, found[width:]))
-
-

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hl_scale.data.durable import write_text
 from hl_scale.engine import zero3
-from hl_scale.engine.training_module import Batch
 from hl_scale.engine.zero3 import World
 
 NO_EFFECT = 1e-6

@@ -106,7 +106,9 @@ class SupervisedModule(TrainingModule):
         if not (self.training and self.config.neftune_alpha):
             return None
         noise = torch.zeros(*batch.input_ids.shape, self.base.hidden_size)
-        for row, (draw, tokens) in enumerate(zip(batch.draws.tolist(), batch.attention_mask.sum(1).tolist(), strict=True)):
+        for row, (draw, tokens) in enumerate(
+            zip(batch.draws.tolist(), batch.attention_mask.sum(1).tolist(), strict=True)
+        ):
             shape, seed = (tokens, self.base.hidden_size), self.seed * 1_000_003 + draw
             noise[row, :tokens] = neftune_noise(shape, self.config.neftune_alpha, seed)
         return noise.to(batch.input_ids.device)
@@ -218,7 +220,9 @@ class PromptFormat:
         if data.chat_template and not getattr(tokenizer, "chat_template", None):
             raise ConfigError("data.chat_template is set, but the base's tokenizer has none\n  fix: leave it out")
         if not data.answer_end and tokenizer.eos_token_id is None:
-            raise ConfigError("data.answer_end is empty, and the tokenizer has no end-of-sequence token\n  fix: set one")
+            raise ConfigError(
+                "data.answer_end is empty, and the tokenizer has no end-of-sequence token\n  fix: set one"
+            )
         self.end = self._ids(data.answer_end) if data.answer_end else [tokenizer.eos_token_id]
 
     def prompt(self, text: str) -> list[int]:
@@ -247,7 +251,7 @@ class PromptFormat:
         size = len(self.start) + len(prompt) + len(answer)
         if size > self.limit:
             raise ConfigError(
-                f"task {task}: an example has {size} tokens ({len(answer)} of them the answer), more than {self.limit}\n"
+                f"task {task}: an example has {size} tokens ({len(answer)} of its answer), more than {self.limit}\n"
                 "  fix: raise data.maximum_tokens up to the base's context, or leave the task out with data.tasks"
             )
         return size

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hl_scale.engine import alignment
+from hl_scale.engine import alignment, loop
 from hl_scale.engine.loop import TrainingAborted, train
 
 pytestmark = pytest.mark.usefixtures("single_process")
