@@ -110,7 +110,8 @@ def test_a_damaged_task_set_is_refused(prepare: Any) -> None:
 
 def test_an_instruction_is_split_into_definition_and_bare_input() -> None:
     text = (
-        "Definition: Say whether it is a fruit.\nAnswer yes or no.\n\nPositive Example 1 -\nInput: apple\nOutput: yes\n\n"
+        "Definition: Say whether it is a fruit.\nAnswer yes or no.\n\n"
+        "Positive Example 1 -\nInput: apple\nOutput: yes\n\n"
         "Now complete the following example -\nInput: a red\nbrick\nOutput: "
     )
     assert split_instruction(text) == ("Say whether it is a fruit.\nAnswer yes or no.", "a red\nbrick")

@@ -12,6 +12,7 @@ import pytest
 
 from hl_scale.config import ConfigError
 from hl_scale.engine import checkpoint
+from hl_scale.engine.alignment import AlignmentWorkload
 from hl_scale.engine.loop import TrainingAborted, _Loop, learning_rate, train
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -38,7 +39,7 @@ def metrics(directory):
 
 def poison(monkeypatch, steps):
     """Make the targets of these steps (from 0) NaN."""
-    collate, step = _Loop.collate, _Loop.step
+    collate, step = AlignmentWorkload.collate, _Loop.step
     current = []
 
     def watched(self, number, *arguments):
@@ -52,7 +53,7 @@ def poison(monkeypatch, steps):
         return batch
 
     monkeypatch.setattr(_Loop, "step", watched)
-    monkeypatch.setattr(_Loop, "collate", poisoned)
+    monkeypatch.setattr(AlignmentWorkload, "collate", poisoned)
 
 
 def test_stopping_and_resuming_equals_an_uninterrupted_run_bit_for_bit(uninterrupted, tiny_config, losses_of, tmp_path):
@@ -124,7 +125,7 @@ def test_a_run_that_stays_non_finite_aborts_naming_its_pairs_and_keeps_its_last_
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_call_goes_on(uninterrupted, tiny_config, losses_of, tmp_path, monkeypatch, number):
-    collate = _Loop.collate
+    collate = AlignmentWorkload.collate
     calls = []
 
     def interrupted(self, samples):
@@ -135,7 +136,7 @@ def test_a_signal_saves_and_the_same_call_goes_on(uninterrupted, tiny_config, lo
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(_Loop, "collate", interrupted)
+        patch.setattr(AlignmentWorkload, "collate", interrupted)
         result = train(tiny_config(tmp_path / "run"))
     # Within the step it arrived in.
     assert (result.step, result.interrupted) == (3, True)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from hl_scale.config import load_config
-from hl_scale.engine import checkpoint, checkpoint_writer, inputs, loop, targets, zero3
+from hl_scale.engine import alignment, checkpoint, checkpoint_writer, inputs, loop, targets, zero3
 
 RANK = int(os.environ["RANK"])
 POISONED_FROM = 3
@@ -31,7 +31,7 @@ POISONED_FROM = 3
 
 @contextmanager
 def poisoned_targets():
-    collate, step, current = loop._Loop.collate, loop._Loop.step, []
+    collate, step, current = alignment.AlignmentWorkload.collate, loop._Loop.step, []
 
     def stepping(self, number, *arguments):
         current[:] = [number]
@@ -46,7 +46,10 @@ def poisoned_targets():
             batch.target.fill_(float("nan"))
         return batch
 
-    with mock.patch.object(loop._Loop, "collate", poisoned), mock.patch.object(loop._Loop, "step", stepping):
+    with (
+        mock.patch.object(alignment.AlignmentWorkload, "collate", poisoned),
+        mock.patch.object(loop._Loop, "step", stepping),
+    ):
         yield
 
 
