@@ -214,25 +214,35 @@ def _as_text(value: object, where: str) -> str:
     return value
 
 
+def read_scored_vader(name: str, archive: Path | None = None) -> Iterator[tuple[float, str]]:
+    """Lines `id <tab> mean score <tab> text` of a subset: the mean human rating, -4 (negative) to 4, and the raw text.
+
+    They are read inside the archives: nothing is unpacked to disk.
+
+    Args:
+        name: movie, news, product or tweets.
+        archive: a verified source archive of vaderSentiment; downloaded unless given.
+    """
+    with tarfile.open(archive or ensure_vader_archive()) as outer:
+        inner = _member(outer, _VADER_INNER)
+    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+        content = _member(tar, _VADER_FILES[name]).decode("utf-8-sig")
+    for line in content.splitlines():
+        fields = line.split("\t", maxsplit=2)
+        if len(fields) == 3:
+            yield float(fields[1]), fields[2]
+
+
 def _read_vader(source: SentenceSource) -> Iterator[str]:
-    """The third field of `id <tab> mean score <tab> text`, read inside the archives: nothing is unpacked to disk."""
-    if source.path is None:
-        archive = ensure_vader_archive()
-    else:
+    archive = None
+    if source.path is not None:
         archive = Path(source.path)
         if not archive.is_file():
             raise SentenceError(
                 f"no vaderSentiment archive at {archive}\n  fix: leave path out to have it downloaded, or correct it"
             )
         verify_vader_archive(archive)
-    with tarfile.open(archive) as outer:
-        inner = _member(outer, _VADER_INNER)
-    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        content = _member(tar, _VADER_FILES[str(source.name)]).decode("utf-8-sig")
-    for line in content.splitlines():
-        fields = line.split("\t", maxsplit=2)
-        if len(fields) == 3:
-            yield fields[2]
+    return (text for _, text in read_scored_vader(str(source.name), archive))
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
