@@ -128,7 +128,10 @@ def tiny_corpus(write_tiny_corpus: Callable[..., Path], tmp_path_factory: pytest
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_model: Path, tiny_corpus: Path) -> Callable[..., Config]:
-    """tiny_config(run_directory, {"section.key": value, ...}) -> a float32, NF4 run of 6 steps of 8 pairs."""
+    """tiny_config(run_directory, {"section.key": value, ...}) -> a float32, NF4 run of 6 steps of 8 pairs.
+
+    {"section": {...}} replaces a whole section.
+    """
 
     def make(run_directory: Path, overrides: dict[str, Any] | None = None) -> Config:
         tree: dict[str, Any] = {
@@ -146,8 +149,11 @@ def tiny_config(tiny_model: Path, tiny_corpus: Path) -> Callable[..., Config]:
             "cluster": {"num_workers": 2},
         }  # fmt: skip
         for key, value in (overrides or {}).items():
-            section, name = key.split(".")
-            tree.setdefault(section, {})[name] = value
+            section, _, name = key.partition(".")
+            if name:
+                tree.setdefault(section, {})[name] = value
+            else:
+                tree[section] = value
         return parse_config(tree)
 
     return make

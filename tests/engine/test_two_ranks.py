@@ -21,6 +21,9 @@ from hl_scale.engine.run import load_run
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5  # relative; float32 sums in another order
 GRADIENT_TOLERANCE = 2e-4  # of the norm of each parameter's gradient: float32 states through two blocks
+TEXT_TO_LORA = {
+    size: {"kind": "text_to_lora", "size": size, "latent_width": 16, "head_width": 32} for size in ("L", "M", "S")
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,16 @@ def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory, 
         "other_directory": ({}, {"fault": "other_directory"}),
         "flipped_bit": ({"zero3.parameter_persistence_threshold": 100_000}, {"fault": "flipped_bit"}),
         "background": ({"training.save_in_background": True, "training.save_every": 1}, {}),
+        **{
+            f"text_to_lora_{size}": (
+                {
+                    "base.placement": "zero3", "base.gradient_checkpointing": True,
+                    "hypernetwork": {**section, "generate_per_block": True},
+                },
+                {"gradients": True},
+            )
+            for size, section in TEXT_TO_LORA.items()
+        },
     }  # fmt: skip
     scenarios = [
         {"name": name, "config": str(write_yaml(tiny_config(root / name, settings), root / f"{name}.yaml")), **more}
@@ -123,7 +136,19 @@ def test_tiles_offload_and_generation_per_block_give_the_losses_of_plain_trainin
     assert close(losses_of(ranks.root / "zero3_everything"), losses_of(ranks.root / "zero3_tiled"))
 
 
-@pytest.mark.parametrize("name", ["packed", "merged", "zero3", "zero3_checkpointed", "zero3_tiled", "zero3_everything"])
+@pytest.mark.parametrize("size", TEXT_TO_LORA)
+def test_text_to_lora_by_the_block_on_two_ranks_gives_the_losses_of_one_rank(
+    single_process, size, ranks, losses_of, tiny_config, tmp_path
+):
+    train(tiny_config(tmp_path, {"hypernetwork": TEXT_TO_LORA[size]}))
+    losses = losses_of(ranks.root / f"text_to_lora_{size}")
+    assert close(losses, losses_of(tmp_path)) and len(set(losses)) == 6
+
+
+GRADIENT_SCENARIOS = ["packed", "merged", "zero3", "zero3_checkpointed", "zero3_tiled", "zero3_everything"]
+
+
+@pytest.mark.parametrize("name", [*GRADIENT_SCENARIOS, *(f"text_to_lora_{size}" for size in TEXT_TO_LORA)])
 def test_gradients_to_the_hypernetwork_equal_the_float64_reference(name, ranks, reference_gradients):
     expected = reference_gradients(load_config(ranks.root / f"{name}.yaml"))
     found = load_file(ranks.root / f"{name}-gradients.safetensors")
@@ -134,8 +159,9 @@ def test_gradients_to_the_hypernetwork_equal_the_float64_reference(name, ranks, 
     assert any(gradient.norm() > 0 for gradient in expected.values())
 
 
-def test_a_run_that_generated_per_block_is_opened_like_any_other(ranks):
-    run = load_run(ranks.root / "zero3_everything")
+@pytest.mark.parametrize("name", ["zero3_everything", "text_to_lora_S"])
+def test_a_run_that_generated_per_block_is_opened_like_any_other(name, ranks):
+    run = load_run(ranks.root / name)
     factors = run.hypernetwork(torch.zeros(2, run.hypernetwork.condition_size)).select(0)
     assert (factors.conditions, factors.rank) == (1, run.config.lora.rank)
 
