@@ -1,5 +1,13 @@
-"""Training objectives: from hidden states or logits to a scalar loss and metrics."""
+"""Training objectives: from hidden states, logits or factors to a scalar loss and metrics."""
 
 from hl_scale.objectives.alignment import AlignmentObjective, EmptyCloudError
+from hl_scale.objectives.supervised import EmptyAnswerError, ResponseLoss, neftune_noise, weight_penalty
 
-__all__ = ["AlignmentObjective", "EmptyCloudError"]
+__all__ = [
+    "AlignmentObjective",
+    "EmptyAnswerError",
+    "EmptyCloudError",
+    "ResponseLoss",
+    "neftune_noise",
+    "weight_penalty",
+]
