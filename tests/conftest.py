@@ -127,6 +127,44 @@ def tiny_corpus(write_tiny_corpus: Callable[..., Path], tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides of `tiny_config` for a run on four tasks over the same word lists, one of them held out, with all that
+    draws noise; the base itself encodes descriptions."""
+    from hl_scale.config import TaskDataConfig
+    from hl_scale.data.tasks import prepare_tasks
+
+    directory = tmp_path_factory.mktemp("tasks")
+    words = [" ".join(row[:3]) for row in _sentences(40, seed=5)]
+    answers = {
+        "first": lambda text: text.split()[0], "last": lambda text: text.split()[-1],
+        "twice": lambda text: f"{text.split()[0]} {text.split()[0]}", "second": lambda text: text.split()[1],
+    }  # fmt: skip
+    rows = [
+        {
+            "name": name, "family": "words", "answers": "open", "seen": name != "second",
+            "descriptions": [f"said the {name}", f"this is any {name} working here", f"asked them {name}"],
+            "heldout_descriptions": [f"sure {name}"],
+            "examples": [{"input": text, "answer": answer(text)} for text in words],
+        }
+        for name, answer in answers.items()
+    ]  # fmt: skip
+    (directory / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {
+        "kind": "tasks", "directory": str(directory / "set"), "test_examples": 6, "examples_per_condition": 2,
+        "sources": [{"kind": "jsonl", "path": str(directory / "tasks.jsonl")}], "answer_end": ".",
+    }  # fmt: skip
+    prepare_tasks(TaskDataConfig.model_validate(data))
+    return {
+        "data": data,
+        "conditions": {"encoder": "base", "noise": 0.1},
+        "objective": {
+            "kind": "supervised", "label_smoothing": 0.1, "neftune_alpha": 5.0, "weight_penalty": 0.1,
+            "logit_tokens": 3,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def tiny_config(tiny_model: Path, tiny_corpus: Path) -> Callable[..., Config]:
     """tiny_config(run_directory, {"section.key": value, ...}) -> a float32, NF4 run of 6 steps of 8 pairs.
 

@@ -19,6 +19,7 @@ from hl_scale.config import Config
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.sampling import GlobalSampler
 from hl_scale.engine.alignment import token_lengths
+from hl_scale.engine.supervised import SupervisedWorkload
 from hl_scale.engine.targets import tokenize
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.objectives.alignment import AlignmentObjective
@@ -40,26 +41,77 @@ def _reference_gradients(config: Config) -> dict[str, Tensor]:
     model.requires_grad_(False).eval()
     torch.manual_seed(config.run.seed)
     whole = config.hypernetwork.model_copy(update={"generate_per_block": False})
-    hypernetwork = build_hypernetwork(whole, config.lora, base.slots, typology.NUM_FEATURES).double()
+    inputs = _tasks if config.data.kind == "tasks" else _dialects
+    condition_size, losses = inputs(config, base, model)
+    hypernetwork = build_hypernetwork(whole, config.lora, base.slots, condition_size).double()
+    torch.stack(losses(hypernetwork)).mean().backward()
+    return {name: parameter.grad for name, parameter in hypernetwork.named_parameters()}
+
+
+def _dialects(config: Config, base: Any, model: Any) -> tuple[int, Any]:
     pairs = load_corpus(config.data.directory).train
     training = config.training
-    lengths = token_lengths(base, pairs, config.data.maximum_tokens, 1 + config.objective.skip_first_token)
+    lengths = token_lengths(base, pairs, config.data.maximum_tokens, 1 + config.alignment.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
-    objective, losses = AlignmentObjective(config.objective), []
-    for sample in sampler.batch(0):
-        pair = pairs[int(sample)]
-        target, mask = _states(model, base, pair.standard, None)
-        kept = objective.token_mask(mask)
-        factors = hypernetwork(torch.from_numpy(pair.vector.copy()).double()[None])
-        states, own = _states(model, base, pair.dialect, factors)
-        aligned = objective.normalize(target)[kept][None]
-        losses.append(objective(states, own, aligned, torch.ones(aligned.shape[:2], dtype=torch.bool))[0])
-    torch.stack(losses).mean().backward()
-    return {name: parameter.grad for name, parameter in hypernetwork.named_parameters()}
+    objective = AlignmentObjective(config.alignment)
+
+    def losses(hypernetwork: Any) -> list[Tensor]:
+        found = []
+        for sample in sampler.batch(0):
+            pair = pairs[int(sample)]
+            target, mask = _states(model, base, pair.standard, None)
+            kept = objective.token_mask(mask)
+            factors = hypernetwork(torch.from_numpy(pair.vector.copy()).double()[None])
+            states, own = _states(model, base, pair.dialect, factors)
+            aligned = objective.normalize(target)[kept][None]
+            found.append(objective(states, own, aligned, torch.ones(aligned.shape[:2], dtype=torch.bool))[0])
+        return found
+
+    return typology.NUM_FEATURES, losses
+
+
+def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
+    """One example at a time, from its text: what a batch, its packing and its noise must come to."""
+    workload = SupervisedWorkload(config, base)
+    workload.vectors.prepare()
+    settings, tokenizer = config.supervised, base.tokenizer
+    head = model.get_input_embeddings().weight  # tied
+    scale = base.hidden_size**0.5
+
+    def losses(hypernetwork: Any) -> list[Tensor]:
+        found = []
+        for task, wording, number, draw in workload.sampler.batch(0).tolist():
+            example = workload.tasks[task].train[number]
+            first = draw - draw % config.tasks.examples_per_condition  # a group shares a condition, and its noise
+            vector = workload.vectors.vector(task, wording, first)
+            factors = hypernetwork(torch.from_numpy(vector).double()[None])
+            prompt = [tokenizer.bos_token_id, *tokenizer(f"{example.input} =>", add_special_tokens=False)["input_ids"]]
+            ids = torch.tensor([*prompt, *tokenizer(f" {example.answer}.", add_special_tokens=False)["input_ids"]])
+            generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + draw)
+            noise = torch.rand(len(ids), base.hidden_size, generator=generator).double() * 2 - 1
+            noise *= settings.neftune_alpha / (len(ids) * base.hidden_size) ** 0.5
+            states = _run(model, factors, inputs_embeds=(head[ids] * scale + noise)[None])[0]
+            scores = (states[len(prompt) - 1 : -1] @ head.T).log_softmax(-1)
+            right = scores.gather(1, ids[len(prompt) :, None])[:, 0]
+            smoothing = settings.label_smoothing
+            loss = -((1 - smoothing) * right + smoothing * scores.mean(1)).mean()
+            for module in config.lora.target_modules:
+                for side in (factors.a, factors.b):
+                    own = torch.stack([side[slot.path] for slot in factors.slots if slot.module == module])
+                    loss = loss + settings.weight_penalty * own.square().mean()
+            found.append(loss)
+        return found
+
+    return workload.condition_size, losses
 
 
 def _states(model: Any, base: Any, text: str, factors: Any) -> tuple[Tensor, Tensor]:
     """(1, T, D) states and (1, T) mask of one text under the adapter of one condition, or none."""
+    ids, mask = tokenize(base, [text])
+    return _run(model, factors, input_ids=ids, attention_mask=mask), mask
+
+
+def _run(model: Any, factors: Any, **inputs: Tensor) -> Tensor:
     handles = []
     for slot in factors.slots if factors is not None else ():
         a, b = factors.a[slot.path][0], factors.b[slot.path][0]
@@ -68,8 +120,7 @@ def _states(model: Any, base: Any, text: str, factors: Any) -> tuple[Tensor, Ten
             return output + factors.scale * (args[0] @ a.T) @ b.T
 
         handles.append(model.get_submodule(slot.path.removeprefix("model.")).register_forward_hook(hook))
-    ids, mask = tokenize(base, [text])
-    states = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    states = model(**inputs, use_cache=False).last_hidden_state
     for handle in handles:
         handle.remove()
-    return states, mask
+    return states

@@ -27,7 +27,7 @@ TEXT_TO_LORA = {
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory, process_environment):
+def ranks(tiny_config, tiny_tasks, write_yaml, launch, write_tiny_corpus, tmp_path_factory, process_environment):
     """What both ranks said about every scenario, and where the runs are."""
     root = tmp_path_factory.mktemp("two-ranks")
     process_environment["OTHER_DIRECTORY"] = str(root / "elsewhere")
@@ -63,6 +63,14 @@ def ranks(tiny_config, write_yaml, launch, write_tiny_corpus, tmp_path_factory, 
         "other_directory": ({}, {"fault": "other_directory"}),
         "flipped_bit": ({"zero3.parameter_persistence_threshold": 100_000}, {"fault": "flipped_bit"}),
         "background": ({"training.save_in_background": True, "training.save_every": 1}, {}),
+        "supervised_padded": ({**tiny_tasks, "training.micro_batch_size": 2}, {"gradients": True}),
+        "supervised_everything": (
+            {
+                **tiny_tasks, "base.placement": "zero3", "base.gradient_checkpointing": True, "training.packed": True,
+                "hypernetwork": {**TEXT_TO_LORA["M"], "generate_per_block": True},
+            },
+            {"gradients": True},
+        ),
         **{
             f"text_to_lora_{size}": (
                 {
@@ -145,10 +153,23 @@ def test_text_to_lora_by_the_block_on_two_ranks_gives_the_losses_of_one_rank(
     assert close(losses, losses_of(tmp_path)) and len(set(losses)) == 6
 
 
+def test_tasks_on_two_ranks_give_the_losses_of_one_rank(
+    single_process, ranks, losses_of, tiny_config, tiny_tasks, tmp_path
+):
+    train(tiny_config(tmp_path / "padded", tiny_tasks))
+    assert close(losses_of(ranks.root / "supervised_padded"), losses_of(tmp_path / "padded"))
+    train(tiny_config(tmp_path / "medium", {**tiny_tasks, "hypernetwork": TEXT_TO_LORA["M"]}))
+    losses = losses_of(ranks.root / "supervised_everything")
+    assert close(losses, losses_of(tmp_path / "medium")) and len(set(losses)) == 6
+
+
+TASK_SCENARIOS = ["supervised_padded", "supervised_everything"]
 GRADIENT_SCENARIOS = ["packed", "merged", "zero3", "zero3_checkpointed", "zero3_tiled", "zero3_everything"]
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_SCENARIOS, *(f"text_to_lora_{size}" for size in TEXT_TO_LORA)])
+@pytest.mark.parametrize(
+    "name", [*GRADIENT_SCENARIOS, *TASK_SCENARIOS, *(f"text_to_lora_{size}" for size in TEXT_TO_LORA)]
+)
 def test_gradients_to_the_hypernetwork_equal_the_float64_reference(name, ranks, reference_gradients):
     expected = reference_gradients(load_config(ranks.root / f"{name}.yaml"))
     found = load_file(ranks.root / f"{name}-gradients.safetensors")
