@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from hl_scale.data.builtin import BuiltinTaskError, builtin_tasks
-from hl_scale.data.builtin.family import balanced
+from hl_scale.data.builtin import builtin_tasks, puzzles
+from hl_scale.data.builtin.family import BuiltinTaskError, balanced
 from hl_scale.data.builtin.words import nouns, plural
-from hl_scale.data.checkers import CheckerError, check
+from hl_scale.data.checkers import CheckerError, check, gym_dataset
 from hl_scale.data.sentences import read_scored_vader
 from hl_scale.data.tasks import Example, Task
 
@@ -156,7 +157,7 @@ def test_sentences_carry_the_sign_of_their_human_rating(tasks: list[Task]) -> No
 
 def test_nouns_are_listed_once_and_have_a_plural() -> None:
     texts = [noun.text for noun in nouns()]
-    assert len(set(texts)) == len(texts) and all(re.fullmatch(r"[a-z]{3,12}", text) for text in texts)
+    assert len(set(texts)) == len(texts) and all(re.fullmatch(r"[a-z]{3,8}", text) for text in texts)
     forms = {"box": "boxes", "cherry": "cherries", "toy": "toys", "church": "churches", "cat": "cats"}
     assert {word: plural(word) for word in forms} == forms
 
@@ -170,6 +171,16 @@ def test_balanced_prefixes_keep_the_weights() -> None:
 def test_too_few_inputs_for_the_test_examples_are_refused() -> None:
     with pytest.raises(BuiltinTaskError, match=r"'word': 500 test examples leave none.*\n  fix: lower"):
         builtin_tasks(0, 10, 500)
+
+
+def test_puzzles_without_reasoning_gym_say_how_to_get_it(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(BuiltinTaskError, match=r"need reasoning-gym\n  fix: pip install reasoning-gym"):
+        puzzles.FAMILIES[0].draw(random.Random(0), 5)
+    gym_dataset.cache_clear()
+    task = by_name(tasks)["puzzle.gcd"]
+    with pytest.raises(CheckerError, match=r"not installed\n  fix: pip install reasoning-gym"):
+        check(task, task.test[0], "1")
 
 
 def test_checkers_say_what_is_wrong_with_them(tasks: list[Task]) -> None:
