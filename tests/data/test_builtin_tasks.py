@@ -12,7 +12,7 @@ import pytest
 
 from hl_scale.data.builtin import builtin_tasks, puzzles
 from hl_scale.data.builtin.family import BuiltinTaskError, balanced
-from hl_scale.data.builtin.words import nouns, plural
+from hl_scale.data.builtin.words import draw_nouns, nouns, plural
 from hl_scale.data.checkers import CheckerError, check, gym_dataset
 from hl_scale.data.sentences import read_scored_vader
 from hl_scale.data.tasks import Example, Task
@@ -157,9 +157,15 @@ def test_sentences_carry_the_sign_of_their_human_rating(tasks: list[Task]) -> No
 
 def test_nouns_are_listed_once_and_have_a_plural() -> None:
     texts = [noun.text for noun in nouns()]
+    assert all(set(text) & set("aeiou") for text in texts)  # word.vowels
     assert len(set(texts)) == len(texts) and all(re.fullmatch(r"[a-z]{3,8}", text) for text in texts)
     forms = {"box": "boxes", "cherry": "cherries", "toy": "toys", "church": "churches", "cat": "cats"}
     assert {word: plural(word) for word in forms} == forms
+
+
+def test_nouns_are_drawn_in_equal_parts_living_or_not_with_e_or_without() -> None:
+    drawn = Counter((noun.living, "e" in noun.text) for noun in draw_nouns(random.Random(0), 100))
+    assert list(drawn.values()) == [25] * 4
 
 
 def test_balanced_prefixes_keep_the_weights() -> None:
