@@ -15,7 +15,7 @@ from random import Random
 import yaml
 
 from hl_scale.data.builtin import numbers, puzzles, sentences, words
-from hl_scale.data.builtin.family import Family
+from hl_scale.data.builtin.family import BuiltinTaskError, Family
 from hl_scale.data.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-class BuiltinTaskError(ValueError):
-    """More examples are asked for than the builtin inputs yield; the message says how to fix it."""
-
-
 def builtin_tasks(seed: int, training_examples: int, test_examples: int) -> list[Task]:
     """All builtin tasks, always in the same order.
 
@@ -42,9 +38,8 @@ def builtin_tasks(seed: int, training_examples: int, test_examples: int) -> list
         test_examples: examples per task for evaluation; the inputs are no training inputs of any task of the family.
 
     Raises:
-        BuiltinTaskError: a family has not even one training input beside the test inputs.
+        BuiltinTaskError: a family has not even one training input beside the test inputs, or reasoning-gym is missing.
         ResourceError: the scored sentences cannot be had.
-        PuzzleError: reasoning-gym is not installed.
     """
     wordings = yaml.safe_load((files(__name__) / "descriptions.yaml").read_text(encoding="utf-8"))
     tasks = []

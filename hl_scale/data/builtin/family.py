@@ -10,6 +10,10 @@ from typing import Any, Literal
 from hl_scale.data.tasks import Example
 
 
+class BuiltinTaskError(ValueError):
+    """The builtin tasks cannot be made; the message says why and how to fix it."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """One task of a family: `answer` maps an item, whatever the family draws, to the answer."""

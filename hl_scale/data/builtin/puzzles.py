@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from hl_scale.data.builtin.family import Family, Operation
+from hl_scale.data.builtin.family import BuiltinTaskError, Family, Operation
 
 Entry = dict[str, Any]
 _TRIES_PER_EXAMPLE = 30
 _LARGEST_SHARE = 0.4
 """No answer of a puzzle makes up more of its examples: a greatest common divisor would mostly be 1."""
-
-
-class PuzzleError(ValueError):
-    """reasoning-gym is missing; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Puzzle:
         try:
             import reasoning_gym
         except ImportError:
-            raise PuzzleError(
+            raise BuiltinTaskError(
                 "the builtin tasks need reasoning-gym\n  fix: pip install reasoning-gym==0.1.25, or leave the builtin "
                 "source out of data.sources"
             ) from None

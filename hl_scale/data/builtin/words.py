@@ -77,7 +77,7 @@ NOUN_FAMILY = Family(
         Operation("word.first_letter", lambda noun: noun.text[0]),
         Operation("word.last_letter", lambda noun: noun.text[-1]),
         Operation("word.length", lambda noun: str(len(noun.text))),
-        Operation("word.vowels", lambda noun: str(sum(letter in "aeiou" for letter in noun.text))),
+        Operation("word.vowels", lambda noun: " ".join(letter for letter in noun.text if letter in "aeiou")),
         Operation("word.plural", lambda noun: plural(noun.text)),
         Operation("word.plural_upper", lambda noun: plural(noun.text).upper(), seen=False),
         Operation("word.has_e", lambda noun: _yes("e" in noun.text), answers="choice"),
