@@ -30,22 +30,26 @@ LISTS = Phrases(
 POSITIONS = {
     "first": Phrases(
         "the first {n} | the opening {n} | the {n} at the start | the {n} in position one | the leading {n} | the {n}"
-        " that comes before all the others | the {n} at the very beginning",
+        " that comes before all the others | the {n} at the very beginning | the {n} given first | the {n} that opens"
+        " the line",
         "the {n} listed first | the very first {n} | the {n} the line starts with",
     ),
     "second": Phrases(
         "the second {n} | the {n} in position two | the {n} right after the first one | the {n} that follows the"
-        " opening one | the {n} listed second | the {n} between the first and the third | the 2nd {n}",
+        " opening one | the {n} listed second | the {n} between the first and the third | the 2nd {n} | the {n} given"
+        " second",
         "the {n} that comes second | the {n} in second place | the {n} directly behind the first",
     ),
     "third": Phrases(
-        "the third {n} | the {n} in position three | the {n} right after the second one | the {n} in third place | the"
-        " {n} listed third | the {n} that two others precede | the 3rd {n}",
+        "the third {n} | the {n} in position three | the {n} right after the second one | the {n} in third place |"
+        " the {n} listed third | the {n} that two others precede | the 3rd {n} | the {n} given third | the {n} three"
+        " places in",
         "the {n} that comes third | the third {n} from the left | the {n} directly behind the second",
     ),
     "last": Phrases(
         "the last {n} | the final {n} | the {n} at the end | the closing {n} | the {n} that nothing follows | the {n}"
-        " in the last position | the {n} that comes after all the others",
+        " in the last position | the {n} that comes after all the others | the {n} given last | the {n} that closes"
+        " the line",
         "the {n} listed last | the very last {n} | the {n} the line ends with",
     ),
     "longest": Phrases(
@@ -98,7 +102,8 @@ POSITIONS = {
 # Names of a result, with {x} the item they are made from.
 RESULTS = {
     "copy": Phrases(
-        "{x} | {x} unchanged | {x} as it stands | a copy of {x} | {x} exactly as given | {x} in its original form",
+        "{x} | {x} unchanged | {x} as it stands | a copy of {x} | {x} exactly as given | {x} in its original form |"
+        " {x} kept the same | {x} and no change to it",
         "{x} without any change | {x} just as it is",
     ),
     "upper": Phrases(
@@ -108,22 +113,25 @@ RESULTS = {
     ),
     "capital": Phrases(
         "{x} with a capital first letter | {x} with only its first letter capitalised | {x} in title case | {x}"
-        " written like a proper name | {x} starting with a capital | {x} with an upper-case initial",
+        " written like a proper name | {x} starting with a capital | {x} with an upper-case initial | {x} in sentence"
+        " case | {x} with the first of its letters made a capital",
         "{x} with its first letter in upper case | {x} as it would look at the start of a sentence",
     ),
     "twice": Phrases(
         "{x} written twice | {x} written two times in a row | two copies of {x} | {x} followed by itself | {x} stated"
-        " twice | {x} and then the same again",
+        " twice | {x} and then the same again | {x} duplicated | {x} printed twice",
         "{x} put down twice | {x} and its copy",
     ),
     "initial": Phrases(
         "the first letter of {x} | the letter that {x} begins with | the initial of {x} | the opening letter of {x} |"
-        " the starting letter of {x} | the letter at the front of {x}",
+        " the starting letter of {x} | the letter at the front of {x} | the letter at which {x} starts | {x} cut down"
+        " to its first letter",
         "the letter {x} starts with | the leftmost letter within {x}",
     ),
     "final": Phrases(
         "the last letter of {x} | the letter that {x} ends in | the final letter of {x} | the closing letter of {x} |"
-        " the ending letter of {x} | the letter at the end of {x}",
+        " the ending letter of {x} | the letter at the end of {x} | the letter at which {x} stops | {x} cut down to"
+        " its last letter",
         "the letter {x} finishes with | the rightmost letter within {x}",
     ),
     "length": Phrases(
@@ -154,13 +162,13 @@ RESULTS = {
     "next": Phrases(
         "the letter after {x} | the letter that follows {x} in the alphabet | {x} moved one step forward in the"
         " alphabet | the next letter of the alphabet after {x} | the alphabet's letter right behind {x} | one letter"
-        " past {x}",
+        " past {x} | the successor of {x} in the alphabet | the alphabet's letter one after {x}",
         "the letter that comes next after {x} in the abc | the alphabetical successor of {x}",
     ),
     "previous": Phrases(
         "the letter before {x} | the letter that precedes {x} in the alphabet | {x} moved one step back in the"
         " alphabet | the previous letter of the alphabet before {x} | the alphabet's letter right in front of {x} |"
-        " one letter short of {x}",
+        " one letter short of {x} | the predecessor of {x} in the alphabet | the alphabet's letter one before {x}",
         "the letter that comes just before {x} in the abc | the alphabetical predecessor of {x}",
     ),
 }
@@ -168,7 +176,8 @@ RESULTS = {
 # The same as things to do.
 ACTIONS = {
     "copy": Phrases(
-        "copy {x} | write {x} down as it is | give back {x} | choose {x} | return {x} untouched | echo {x}",
+        "copy {x} | write {x} down as it is | give back {x} | choose {x} | return {x} untouched | echo {x} | keep {x}"
+        " the same | leave {x} unaltered",
         "reproduce {x} | repeat {x} without any change",
     ),
     "upper": Phrases(
@@ -177,23 +186,26 @@ ACTIONS = {
         "make all letters of {x} upper case | change {x} to block capitals",
     ),
     "capital": Phrases(
-        "capitalise only the first letter of {x} | put {x} in title case | give {x} a capital first letter | write {x}"
-        " like a proper name | make the initial of {x} upper case | write {x} with a capital at its start",
+        "capitalise only the first letter of {x} | put {x} in title case | give {x} a capital first letter | write"
+        " {x} like a proper name | make the initial of {x} upper case | write {x} with a capital at its start | write"
+        " {x} in sentence case | change the first letter of {x} to a capital",
         "make just the first letter of {x} a capital | begin {x} with an upper-case letter",
     ),
     "twice": Phrases(
-        "write {x} twice | say {x} two times | put down two copies of {x} | give {x} followed by itself | print {x} and"
-        " then print it again | state {x} twice over",
+        "write {x} twice | say {x} two times | put down two copies of {x} | give {x} followed by itself | print {x}"
+        " and then print it again | state {x} twice over | duplicate {x} | print {x} two times",
         "put {x} down twice | write {x} and its copy",
     ),
     "initial": Phrases(
-        "give the first letter of {x} | write the letter that {x} begins with | take the initial of {x} | cut {x} down"
-        " to its first letter | keep just the opening letter of {x} | name the letter at the front of {x}",
+        "give the first letter of {x} | write the letter that {x} begins with | take the initial of {x} | cut {x}"
+        " down to its first letter | keep just the opening letter of {x} | name the letter at the front of {x} |"
+        " shorten {x} to its first letter | output the letter {x} opens with",
         "return the letter {x} starts with | report only the leftmost letter of {x}",
     ),
     "final": Phrases(
-        "give the last letter of {x} | write the letter that {x} ends in | take the final letter of {x} | cut {x} down"
-        " to its last letter | keep just the closing letter of {x} | name the letter at the end of {x}",
+        "give the last letter of {x} | write the letter that {x} ends in | take the final letter of {x} | cut {x}"
+        " down to its last letter | keep just the closing letter of {x} | name the letter at the end of {x} | shorten"
+        " {x} to its last letter | output the letter {x} closes with",
         "return the letter {x} finishes with | report only the rightmost letter of {x}",
     ),
     "length": Phrases(
@@ -223,14 +235,15 @@ ACTIONS = {
     ),
     "next": Phrases(
         "give the letter after {x} | move {x} one step forward in the alphabet | write the letter that follows {x} in"
-        " the alphabet | say which letter comes after {x} | advance {x} by one letter | replace {x} by the next letter"
-        " of the alphabet",
+        " the alphabet | say which letter comes after {x} | advance {x} by one letter | replace {x} by the next"
+        " letter of the alphabet | find the neighbour after {x} in the alphabet | output the letter one past {x}",
         "report the letter that comes next after {x} | go one letter on from {x} in the abc",
     ),
     "previous": Phrases(
         "give the letter before {x} | move {x} one step back in the alphabet | write the letter that precedes {x} in"
-        " the alphabet | say which letter comes before {x} | take {x} back by one letter | replace {x} by the previous"
-        " letter of the alphabet",
+        " the alphabet | say which letter comes before {x} | take {x} back by one letter | replace {x} by the"
+        " previous letter of the alphabet | find the neighbour before {x} in the alphabet | output the letter one"
+        " short of {x}",
         "report the letter that comes just before {x} | go one letter back from {x} in the abc",
     ),
 }

@@ -111,8 +111,8 @@ def test_labels_of_choice_tasks_are_equally_frequent_in_training_and_test(tasks:
             counts = Counter(example.answer for example in part)
             assert set(counts.values()) == {len(part) // 2}, task.name
             assert set(counts) == set(LABELS[task.name.rsplit(".", 1)[1]])
-            half = Counter(example.answer for example in part[: len(part) // 2])
-            assert len(half) == 2, "the order tells the label"
+            if part is task.train:
+                assert len({example.answer for example in part[-13:]}) == 2, "the order tells the label"
     odd = grid_tasks(3, 7, 5)
     assert all(abs(2 * sum(e.answer == t.train[0].answer for e in t.train) - 7) == 1 for t in odd if "even" in t.name)
 
@@ -129,7 +129,9 @@ def test_descriptions_are_many_and_all_different(tasks: list[Task]) -> None:
     for task in tasks:
         assert len(task.descriptions) >= 10 and len(task.heldout_descriptions) == 4
         assert all(len(text.split()) <= 50 for text in (*task.descriptions, *task.heldout_descriptions))
-        assert all(not text[0].islower() and text[-1] == "." for text in (*task.descriptions, *task.heldout_descriptions))
+        assert all(
+            not text[0].islower() and text[-1] == "." for text in (*task.descriptions, *task.heldout_descriptions)
+        )
         assert not any(re.search(r"[{}|]|\.\.|  ", text) for text in (*task.descriptions, *task.heldout_descriptions))
     texts = [text for task in tasks for text in (*task.descriptions, *task.heldout_descriptions)]
     assert len(set(texts)) == len(texts)
@@ -184,5 +186,7 @@ def test_a_wrong_output_is_attributed_to_the_seen_task_it_answers(tasks: list[Ta
 
 
 def test_more_examples_than_there_are_inputs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"letters.*too few distinct inputs[^\n]*\n  fix: lower data.training_examples"):
+    with pytest.raises(
+        ValueError, match=r"letters.*too few distinct inputs[^\n]*\n  fix: lower data.training_examples"
+    ):
         grid._split_inputs("letters", 0, 5000, 24)
