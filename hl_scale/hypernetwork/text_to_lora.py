@@ -13,7 +13,8 @@ module reads what `mlp3` emits, as many times per slot as the size has parts:
 In M and S the latent is normalised after `mlp1` and the learned embedding of A or of B is added to it. In S the sum is
 then rotated by the part's rank index (RoPE, base 10,000, entry i of its first half paired with entry i of the second),
 so rank 0 is as it was; that is the input of `mlp2`, its residual path included. All conditions, slots and parts go
-through in one pass.
+through in one pass. With `generate_per_block` the numbers that heads read, `head_width` per part, are kept for all
+slots, and the heads alone run for one block at a time.
 
 Initial values: head weights are zero, so at step 0 the factors are those of the biases. `zero_delta`: A as PEFT draws
 it and B = 0, for which A and B of M and S have a bias each (r of them in S). `published`: the same for L; M and S have

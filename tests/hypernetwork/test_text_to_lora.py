@@ -251,6 +251,7 @@ def test_a_block_at_a_time_gives_the_factors_and_gradients_of_all_at_once(size: 
 def test_dropout_acts_in_training_alone(size: str) -> None:
     network = away_from_zero(build(size, dropout=0.5))
     path = SLOTS[0].path
+    assert {layer.p for layer in network.modules() if isinstance(layer, torch.nn.Dropout)} == {0.5}
     assert not torch.equal(network(conditions()).b[path], network(conditions()).b[path])
     network.eval()
     assert torch.equal(network(conditions()).b[path], network(conditions()).b[path])

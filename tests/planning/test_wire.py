@@ -26,6 +26,12 @@ SCENARIOS = {
         **ZERO3, "zero3.maximum_reuse_distance": 0, "base.gradient_checkpointing": True,
         "hypernetwork.generate_per_block": True,
     },
+    "text to lora": {
+        **ZERO3, "zero3.maximum_reuse_distance": 0, "base.gradient_checkpointing": True,
+        "hypernetwork": {
+            "kind": "text_to_lora", "size": "S", "latent_width": 16, "head_width": 32, "generate_per_block": True,
+        },
+    },
 }  # fmt: skip
 
 
