@@ -40,6 +40,8 @@ from hl_scale.sinkhorn import sinkhorn_divergence
 assert sinkhorn_divergence(torch.randn(5, 3), torch.randn(4, 3)) > 0
 from hl_scale.lora import LoraFactors, Slot
 LoraFactors((Slot(0, "q", "q", 4, 4),), {"q": torch.randn(1, 2, 4)}, {"q": torch.randn(1, 4, 2)}, 1.0).delta_norms()
+from hl_scale.lora_algebra import canonical
+canonical(torch.randn(2, 4), torch.randn(4, 2))
 try:
     import transformers
 except ModuleNotFoundError:

@@ -1,12 +1,14 @@
 """Training objectives: from hidden states, logits or factors to a scalar loss and metrics."""
 
 from hl_scale.objectives.alignment import AlignmentObjective, EmptyCloudError
+from hl_scale.objectives.reconstruction import ReconstructionObjective
 from hl_scale.objectives.supervised import EmptyAnswerError, ResponseLoss, neftune_noise, weight_penalty
 
 __all__ = [
     "AlignmentObjective",
     "EmptyAnswerError",
     "EmptyCloudError",
+    "ReconstructionObjective",
     "ResponseLoss",
     "neftune_noise",
     "weight_penalty",

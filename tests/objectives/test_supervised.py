@@ -79,6 +79,19 @@ def test_products_of_16_bit_states_are_not_rounded_to_16_bits(dtype: torch.dtype
     torch.testing.assert_close(gradient, reference)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_on_a_gpu_are_those_of_float64(dtype: torch.dtype) -> None:
+    hidden, weight, targets, bias = (tensor.detach().cuda() for tensor in layer(70, dtype))
+    options = {"label_smoothing": 0.1, "softcap": 30.0}
+    losses = chunked_cross_entropy(hidden.requires_grad_(), weight, targets, bias=bias, rows=32, **options)
+    expected = oracle(hidden, weight, targets, bias, 0.1, 30.0)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    (reference,) = torch.autograd.grad(expected.sum(), hidden)
+    torch.testing.assert_close(gradient, reference, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 10, 1000])
 def test_rows_at_a_time_never_move_the_result(rows: int) -> None:
     hidden, weight, targets, bias = layer(10)
