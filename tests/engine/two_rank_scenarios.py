@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from hl_scale.config import load_config
-from hl_scale.engine import alignment, checkpoint, checkpoint_writer, inputs, loop, targets, zero3
+from hl_scale.engine import alignment, checkpoint, checkpoint_writer, loop, targets, zero3
 
 RANK = int(os.environ["RANK"])
 POISONED_FROM = 3
@@ -76,7 +76,7 @@ FAULTS = {
     "poisoned_targets": poisoned_targets,
     "flipped_bit": flipped_bit,
     "damaged_corpus": lambda: mock.patch.object(
-        inputs, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
+        alignment, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
     ),
     "other_settings": other_variable("HL_SCALE_TRAINING__LEARNING_RATE", "0.5"),
     "other_directory": other_variable("HL_SCALE_RUN__DIRECTORY", os.environ.get("OTHER_DIRECTORY", "")),
