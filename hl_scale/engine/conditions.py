@@ -15,6 +15,8 @@ from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, 
 from hl_scale.conditions.typology import Condition
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.tasks import TaskSet, load_tasks
+from hl_scale.engine import zero3
+from hl_scale.engine.zero3 import World
 
 _TEXTS_PER_PASS = 16
 
@@ -177,6 +179,13 @@ class TaskVectors:
             own = embeddings[start : start + len(task.descriptions)]
             self._vectors.append(self.conditions.vectors(own, task.variety))
             start += len(task.descriptions)
+
+    def prepare_together(self, world: World) -> None:
+        """`prepare` on rank 0, which writes to disk, then on the others; collective."""
+        for turn in (True, False):
+            with zero3.together(world):
+                if world.is_main == turn:
+                    self.prepare()
 
     def counts(self) -> list[int]:
         """Wordings per task."""

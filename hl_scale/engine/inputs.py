@@ -13,6 +13,7 @@ from hl_scale.config import Config, ConfigError
 from hl_scale.data.sampling import BatchPlan
 from hl_scale.engine import checkpoint, zero3
 from hl_scale.engine.alignment import AlignmentWorkload
+from hl_scale.engine.reconstruction import ReconstructionWorkload
 from hl_scale.engine.run import check_run_directory, settings_fingerprint
 from hl_scale.engine.supervised import SupervisedWorkload
 from hl_scale.engine.training_module import Batch, TrainingModule
@@ -68,6 +69,8 @@ def load_inputs(config: Config, world: World) -> Workload:
         base.check_packing()
     if config.objective.kind == "alignment":
         return AlignmentWorkload(config, base)
+    if config.objective.kind == "reconstruction":
+        return ReconstructionWorkload(config, base)
     return SupervisedWorkload(config, base)
 
 

@@ -16,7 +16,6 @@ from hl_scale.base import AdaptedModel
 from hl_scale.config import Config, ConfigError, TaskDataConfig
 from hl_scale.data.sampling import TaskSampler
 from hl_scale.data.tasks import Example, load_tasks
-from hl_scale.engine import zero3
 from hl_scale.engine.conditions import TaskVectors
 from hl_scale.engine.training_module import TrainingModule, is_finite
 from hl_scale.engine.zero3 import World
@@ -160,10 +159,7 @@ class SupervisedWorkload:
     def prepare(self, world: World, report: Callable[[str], None]) -> None:
         """Embed descriptions; rank 0 writes them, the others read; collective."""
         report("embedding descriptions")
-        for turn in (True, False):
-            with zero3.together(world):
-                if world.is_main == turn:
-                    self.vectors.prepare()
+        self.vectors.prepare_together(world)
 
     def module(self, hypernetwork: Hypernetwork) -> SupervisedModule:
         return SupervisedModule(hypernetwork, self.base, self.config)
