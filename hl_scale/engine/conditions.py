@@ -14,7 +14,7 @@ from hl_scale.conditions import typology
 from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, check_texts, embed, scaled
 from hl_scale.conditions.typology import Condition
 from hl_scale.config import Config, ConfigError
-from hl_scale.data.tasks import TaskSet, load_tasks
+from hl_scale.data.tasks import Task, load_tasks
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 
@@ -95,8 +95,8 @@ class DescriptionConditions:
 class OneHotConditions:
     """A unit vector per task: "task:NAME". Nothing is known of tasks that were not trained on."""
 
-    def __init__(self, config: Config, tasks: TaskSet | None = None) -> None:
-        self.tasks = (tasks or load_tasks(config.data.directory)).seen
+    def __init__(self, config: Config, tasks: Sequence[Task] | None = None) -> None:
+        self.tasks = load_tasks(config.data.directory).seen if tasks is None else tasks
         self.size = len(self.tasks)
         self.fingerprint = "one_hot"
 
@@ -149,16 +149,16 @@ def open_conditions(config: Config, base: AdaptedModel) -> Conditions:
 
 
 class TaskVectors:
-    """Condition vectors of all wordings of seen tasks, for training.
+    """Condition vectors of all wordings of some tasks, for training.
 
     Args:
         config: of the run.
-        tasks: the task set.
+        tasks: those that are trained on.
         base: for its states, or to share with the encoder.
     """
 
-    def __init__(self, config: Config, tasks: TaskSet, base: AdaptedModel) -> None:
-        self.tasks = tasks.seen
+    def __init__(self, config: Config, tasks: Sequence[Task], base: AdaptedModel) -> None:
+        self.tasks = tasks
         self.noise = config.conditions.noise
         self.seed = config.run.seed
         self.conditions: DescriptionConditions | OneHotConditions

@@ -70,14 +70,20 @@ class ReconstructionWorkload:
         self.config, self.base = config, base
         settings = config.reconstruction
         tasks = load_tasks(config.data.directory)
-        self.tasks = tasks.seen
+        there = Library(settings.library, base.slots)
+        self.tasks = tuple(task for task in tasks.seen if task.name in there.names)
+        if not self.tasks:
+            raise ConfigError(
+                f"{settings.library} has no adapter for a seen task of {config.data.directory}: it has "
+                f"{', '.join(there.names[:5])}\n  fix: name each directory as the task it was trained for"
+            )
         self.library = Library(settings.library, base.slots, [task.name for task in self.tasks])
         if self.library.base_fingerprint not in (None, base.fingerprint):
             raise ConfigError(
                 f"the adapters of {settings.library} were trained on base {self.library.base_fingerprint[:12]}, "
                 f"base.model gives {base.fingerprint[:12]}\n  fix: use the base section they were trained with"
             )
-        self.vectors = TaskVectors(config, tasks, base)
+        self.vectors = TaskVectors(config, self.tasks, base)
         self.condition_size = self.vectors.conditions.size
         digest = hashlib.sha256(f"{tasks.manifest['fingerprint']}:{self.vectors.conditions.fingerprint}".encode())
         for name in self.library.names:
@@ -90,7 +96,7 @@ class ReconstructionWorkload:
         """Embed descriptions, and go through the library once for its statistics; collective."""
         report("embedding descriptions")
         self.vectors.prepare_together(world)
-        report("reading the library")
+        report(f"reading the library: {len(self.tasks)} adapters")
         names = [task.name for task in self.tasks]
         statistics = self.library.statistics(names, canonical=self.config.reconstruction.canonical)
         self.objective = ReconstructionObjective(self.config.reconstruction, statistics, world.device)

@@ -136,7 +136,7 @@ class SupervisedWorkload:
             raise ConfigError("objective.kind 'supervised' needs a causal model: set base.architecture or another base")
         tasks = load_tasks(config.data.directory)
         self.tasks = tasks.seen
-        self.vectors = TaskVectors(config, tasks, base)
+        self.vectors = TaskVectors(config, self.tasks, base)
         self.condition_size = self.vectors.conditions.size
         self.data_fingerprint = f"{tasks.manifest['fingerprint']}:{self.vectors.conditions.fingerprint}"
         self.format = PromptFormat(base.tokenizer, config.tasks, base.context_length)
