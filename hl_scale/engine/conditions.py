@@ -14,7 +14,7 @@ from hl_scale.conditions import typology
 from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, check_texts, embed, scaled
 from hl_scale.conditions.typology import Condition
 from hl_scale.config import Config, ConfigError
-from hl_scale.data.tasks import TaskSet, load_tasks
+from hl_scale.data.tasks import TaskSet, load_tasks, open_tasks
 
 _TEXTS_PER_PASS = 16
 
@@ -94,7 +94,7 @@ class OneHotConditions:
     """A unit vector per task: "task:NAME". Nothing is known of tasks that were not trained on."""
 
     def __init__(self, config: Config, tasks: TaskSet | None = None) -> None:
-        self.tasks = (tasks or load_tasks(config.data.directory)).seen
+        self.tasks = (tasks or open_tasks(config.tasks)).seen
         self.size = len(self.tasks)
         self.fingerprint = "one_hot"
 
