@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from hl_scale.cluster.library import RUNS, task_config, train_library
 from hl_scale.config import Config, ConfigError
+from hl_scale.data.library import Library
 from hl_scale.data.tasks import TaskError, prepare_tasks
 from hl_scale.serving import OutputError
 
@@ -118,7 +119,9 @@ def test_a_task_that_cannot_be_trained_is_named_at_the_end_and_costs_no_other(ma
 
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("name", TASKS)
-def test_peft_loads_the_lora_that_a_training_on_that_task_alone_gives(made, library_config, tiny_model, tmp_path, name):
+def test_peft_and_our_reader_load_the_lora_that_a_training_on_that_task_alone_gives(
+    made, library_config, tiny_model, tmp_path, name
+):
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -132,12 +135,15 @@ def test_peft_loads_the_lora_that_a_training_on_that_task_alone_gives(made, libr
     assert (facts["task"], facts["step"], facts["seed"]) == (name, 6, 0)
     assert facts["loss"] == pytest.approx(result.loss, rel=1e-4)
     _, factors = generate_factors(load_run(config.run.directory), f"task:{name}")
+    read = Library(made.directory, factors.slots).read(name)
+    assert read.scale == factors.scale
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), made.directory / name)
     found = peft.get_peft_model_state_dict(model)
     for slot in factors.slots:
         for kind, tensors in (("A", factors.a), ("B", factors.b)):
             own = found.pop(f"base_model.model.{slot.path}.lora_{kind}.weight")
             assert (own - tensors[slot.path][0]).norm() <= 1e-4 * tensors[slot.path].norm()
+            assert own.equal((read.a if kind == "A" else read.b)[slot.path][0])
     assert not found
     assert not weights(made.directory / "garden")[f"base_model.model.{slot.path}.lora_B.weight"].allclose(
         weights(made.directory / "summer")[f"base_model.model.{slot.path}.lora_B.weight"]
