@@ -205,6 +205,28 @@ def export(
 
 
 @app.command()
+def library(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="directory of the library")],
+    overrides: Overrides = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="name or glob; may be repeated; all unless given")] = None,
+    keep_runs: Annotated[bool, typer.Option("--keep-runs", help="keep run directories, in OUT/.runs")] = False,
+) -> None:
+    """Train one LoRA for each task of a prepared set, side by side on Ray; status 1 if a task failed."""
+    from hl_scale.cluster.library import train_library
+
+    made = train_library(load_config(config, overrides or ()), out, tasks or (), keep_runs=keep_runs)
+    for name, error in made.failed.items():
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    print(f"library: {made.directory} ({len(made.trained)} trained, {len(made.kept)} kept, {len(made.failed)} failed)")
+    if made.interrupted:
+        print("interrupted: run the same command to go on")
+        raise typer.Exit(130)
+    if made.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(run: RunPath) -> None:
     """Write report.html again from metrics.jsonl and evaluation.json."""
     from hl_scale.evaluation import write_report

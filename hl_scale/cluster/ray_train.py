@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hl_scale.cluster.session import ray_session, refuse_job_paths, with_absolute_paths, worker_environment
 from hl_scale.config import Config, ConfigError, parse_config
 
 _PREEMPTION_CHECK_SECONDS = 5.0
@@ -32,10 +33,7 @@ def train_on_ray(config: Config) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    started = not ray.is_initialized()
-    if started:
-        _initialize_ray()
-    try:
+    with ray_session():
         cluster = config.cluster
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_seconds)
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -44,7 +42,7 @@ def train_on_ray(config: Config) -> dict[str, Any]:
                 f"this Ray cluster has {len(nodes)} nodes but cluster.storage_path is not set\n"
                 "  fix: set cluster.storage_path, run.directory and data.directory to storage that every node mounts"
             )
-        _refuse_job_paths(config)
+        refuse_job_paths({"run.directory": config.run.directory, "data.directory": config.data.directory})
         config = with_absolute_paths(config)
         storage = cluster.storage_path or str(Path(config.run.directory).parent)
         trainer = TorchTrainer(
@@ -61,63 +59,13 @@ def train_on_ray(config: Config) -> dict[str, Any]:
                 name=Path(config.run.directory).name + ".ray",
                 storage_path=str(Path(storage).absolute()),
                 failure_config=FailureConfig(max_failures=cluster.maximum_failures),
-                worker_runtime_env={"env_vars": _worker_environment(config)},
+                worker_runtime_env={"env_vars": worker_environment(config)},
             ),
         )
         outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]  # of rank 0
         if "error" in outcome:
             raise ConfigError(outcome["error"])
         return outcome
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Workers run in other directories: make every path that this driver resolves absolute."""
-    tree = config.model_dump(mode="json")
-    for section, key in (("run", "directory"), ("data", "directory"), ("base", "cache_directory")):
-        tree[section][key] = str(Path(tree[section][key]).absolute())
-    model = Path(tree["base"]["model"])
-    if model.is_dir():
-        tree["base"]["model"] = str(model.absolute())
-    return parse_config(tree)
-
-
-def _refuse_job_paths(config: Config) -> None:
-    """A submitted job runs in a temporary copy of its working directory: relative paths would vanish with it."""
-    relative = [
-        f"{section}.directory"
-        for section, path in (("run", config.run.directory), ("data", config.data.directory))
-        if not Path(path).is_absolute()
-    ]
-    if relative and "working_dir_files" in Path.cwd().parts:
-        raise ConfigError(
-            f"{' and '.join(relative)} would lie in Ray's temporary copy of the working directory ({Path.cwd()})\n"
-            "  fix: give absolute paths on storage that every node mounts"
-        )
-
-
-def _initialize_ray() -> None:
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_ADDRESS" in os.environ:
-        ray.init()
-    else:
-        ray.init(include_dashboard=False, log_to_driver=True)
-
-
-def _worker_environment(config: Config) -> dict[str, str]:
-    """Variables each worker starts with: this package's location, threads per CPU worker."""
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    if not config.cluster.use_gpu:
-        environment |= {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(config.cluster.cpus_per_worker)))),
-            "DS_ACCELERATOR": "cpu",
-        }
-    return environment
 
 
 def _worker(tree: dict[str, Any]) -> dict[str, Any]:

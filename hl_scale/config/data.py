@@ -117,6 +117,8 @@ class TaskDataConfig(DataConfig):
     """Names or globs of the tasks to keep; all unless given."""
     heldout_tasks: tuple[str, ...] = ()
     """Names or globs of tasks that are never trained on, beside those that a source itself sets apart."""
+    only_task: str | None = None
+    """Train on this task of the prepared set alone, also where the set holds it out; `hl-scale library` sets it."""
     training_examples: int = Field(default=256, ge=1)
     """Examples per task for training."""
     test_examples: int = Field(default=24, ge=1)

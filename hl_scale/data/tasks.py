@@ -41,7 +41,7 @@ EXAMPLE_SCHEMA = pa.schema(
 # Settings of how tasks are put to the model; they decide nothing about what is prepared.
 _NOT_IN_FINGERPRINT = {
     "directory", "maximum_tokens", "rows_per_shard", "examples_per_condition", "prompt", "description_in_prompt",
-    "answer_prefix", "answer_end", "chat_template",
+    "answer_prefix", "answer_end", "chat_template", "only_task",
 }  # fmt: skip
 
 
@@ -112,6 +112,19 @@ class TaskSet:
         known = ", ".join(task.name for task in self.tasks[:8])
         raise TaskError(f"{self.directory} has no task {name!r}; it has {known} ...\n  fix: use one of these")
 
+    def only(self, name: str) -> TaskSet:
+        """One task by itself, as a seen one. Its fingerprint is that of what is trained on, its training examples: it
+        stays the same when other tasks of the set change.
+
+        Raises:
+            TaskError: there is no such task, or it has no training examples.
+        """
+        task = self.task(name)
+        if not task.train:
+            raise TaskError(f"task {name} of {self.directory} has no training examples\n  fix: choose another task")
+        fingerprint = hashlib.sha256(repr((name, task.train)).encode()).hexdigest()
+        return TaskSet(self.directory, {**self.manifest, "fingerprint": fingerprint}, (replace(task, seen=True),))
+
 
 @dataclass(frozen=True)
 class PreparedTasks:
@@ -128,14 +141,25 @@ def select_tasks(tasks: Iterable[Task], data: TaskDataConfig) -> list[Task]:
         TaskError: a pattern matches no task.
     """
     found = list(tasks)
-    for field, patterns in (("tasks", data.tasks), ("heldout_tasks", data.heldout_tasks)):
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(task.name, pattern) for task in found):
-                some = ", ".join(task.name for task in found[:6])
-                raise TaskError(f"data.{field} names {pattern!r}, which no task is called; there are {some} ...")
-    if data.tasks:
-        found = [task for task in found if _matches(task.name, data.tasks)]
-    return [replace(task, seen=False) if _matches(task.name, data.heldout_tasks) else task for task in found]
+    apart = {task.name for task in named_tasks(found, data.heldout_tasks, "data.heldout_tasks")}
+    kept = named_tasks(found, data.tasks, "data.tasks") if data.tasks else found
+    return [replace(task, seen=False) if task.name in apart else task for task in kept]
+
+
+def named_tasks(tasks: Sequence[Task], patterns: Iterable[str], setting: str) -> list[Task]:
+    """The tasks that a name or glob fits, in their order; `setting` is what errors call the patterns.
+
+    Raises:
+        TaskError: a pattern matches no task.
+    """
+    chosen = set()
+    for pattern in patterns:
+        names = fnmatch.filter((task.name for task in tasks), pattern)
+        if not names:
+            some = ", ".join(task.name for task in tasks[:6])
+            raise TaskError(f"{setting} names {pattern!r}, which no task is called; there are {some} ...")
+        chosen.update(names)
+    return [task for task in tasks if task.name in chosen]
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
@@ -228,6 +252,12 @@ def prepare_tasks(data: TaskDataConfig, *, force: bool = False) -> PreparedTasks
     return PreparedTasks(load_tasks(directory), reused=False)
 
 
+def open_tasks(data: TaskDataConfig) -> TaskSet:
+    """The prepared task set of a configuration, or of it `data.only_task` alone; raises as `load_tasks`."""
+    tasks = load_tasks(data.directory)
+    return tasks if data.only_task is None else tasks.only(data.only_task)
+
+
 def load_tasks(directory: str | Path) -> TaskSet:
     """Open a prepared task set.
 
@@ -252,10 +282,6 @@ def load_tasks(directory: str | Path) -> TaskSet:
         row |= {split: tuple(examples.get((number, split), ())) for split in ("train", "test")}
         tasks.append(Task(**row))
     return TaskSet(directory, manifest, tuple(tasks))
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _row(task: Task) -> dict[str, Any]:

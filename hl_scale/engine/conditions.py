@@ -14,7 +14,7 @@ from hl_scale.conditions import typology
 from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, check_texts, embed, scaled
 from hl_scale.conditions.typology import Condition
 from hl_scale.config import Config, ConfigError
-from hl_scale.data.tasks import Task, load_tasks
+from hl_scale.data.tasks import Task, load_tasks, open_tasks
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 
@@ -96,7 +96,7 @@ class OneHotConditions:
     """A unit vector per task: "task:NAME". Nothing is known of tasks that were not trained on."""
 
     def __init__(self, config: Config, tasks: Sequence[Task] | None = None) -> None:
-        self.tasks = load_tasks(config.data.directory).seen if tasks is None else tasks
+        self.tasks = open_tasks(config.tasks).seen if tasks is None else tasks
         self.size = len(self.tasks)
         self.fingerprint = "one_hot"
 

@@ -34,6 +34,10 @@ _MAY_CHANGE = {
     "training.save_in_background", "training.keep_checkpoints", "training.keep_every", "training.commit",
     "training.hang_timeout_seconds", "training.maximum_consecutive_skips", "training.log_every", "training.loggers",
 }  # fmt: skip
+_TASK_PREPARATION = {
+    "data.sources", "data.tasks", "data.heldout_tasks", "data.training_examples", "data.test_examples",
+    "data.heldout_descriptions", "data.seed", "data.rows_per_shard",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def settings_fingerprint(config: Config) -> str:
         f"{section}.{key}": value
         for section, keys in tree.items()
         for key, value in keys.items()
-        if section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE
+        if not _may_change(config, section, key)
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -166,10 +170,16 @@ def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     old_tree, new_tree = old.model_dump(), new.model_dump()
     for section in new_tree:
         for key in new_tree[section]:
-            name = f"{section}.{key}"
-            if section in _MAY_CHANGE or name in _MAY_CHANGE:
+            if _may_change(new, section, key):
                 continue
             old_value = old_tree[section].get(key)  # another kind of section has other keys
             if old_value != new_tree[section][key]:
-                found.append((name, old_value, new_tree[section][key]))
+                found.append((f"{section}.{key}", old_value, new_tree[section][key]))
     return found
+
+
+def _may_change(config: Config, section: str, key: str) -> bool:
+    name = f"{section}.{key}"
+    if config.data.kind == "tasks" and name in _TASK_PREPARATION:
+        return True
+    return section in _MAY_CHANGE or name in _MAY_CHANGE

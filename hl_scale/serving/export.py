@@ -48,6 +48,7 @@ def generate_adapter(
     directory: str | os.PathLike[str],
     *,
     base_model_name_or_path: str | None = None,
+    facts: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
     """Generate the adapter of one condition and write it as a PEFT directory.
@@ -58,6 +59,7 @@ def generate_adapter(
             "description:WORDS" for tasks.
         directory: where to write; must not exist unless ``force``.
         base_model_name_or_path: what the adapter names as its base; the run's own base unless given.
+        facts: JSON-serialisable additions to its provenance.
         force: replace a directory that hl_scale wrote earlier.
 
     Returns:
@@ -80,7 +82,7 @@ def generate_adapter(
         base_model_name_or_path=base_model_name_or_path or base_reference(base),
         lora=run.config.lora,
         task_type="CAUSAL_LM" if run.base.has_head else "FEATURE_EXTRACTION",
-        provenance=run_provenance(run, parsed),
+        provenance={**run_provenance(run, parsed), **(facts or {})},
         revision=base.revision,
         module_paths=[path for path, _ in run.base.model.named_modules()],
         force=force,
@@ -250,6 +252,13 @@ def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     quantization = facts.get("base_quantization", "none")
     held = "" if quantization == "none" else f" with its linear layers held in {quantization}"
     auto = "AutoModelForCausalLM" if config["task_type"] == "CAUSAL_LM" else "AutoModel"
+    origin = (
+        "that an hl_scale hypernetwork generated from a condition, in one forward pass.\nThe hypernetwork was trained"
+    )
+    if facts.get("hypernetwork") == "plain_lora":
+        origin = "for all conditions alike, trained by hl_scale"
+    if "task" in facts:
+        origin = f"for the task {facts['task']} alone, trained by hl_scale"
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -258,9 +267,9 @@ tags: [lora, hypernetwork, hl_scale]
 
 # Adapter for {facts.get("condition", "one condition")}
 
-A LoRA adapter (rank {config["r"]}, scale {facts["scale"]:g}) that an hl_scale hypernetwork generated from a condition,
-in one forward pass. The hypernetwork was trained on the base below{held}; on weights in another precision the
-adapter's effect differs a little.
+A LoRA adapter (rank {config["r"]}, scale {facts["scale"]:g}) {origin}
+on the base below{held}; on weights in another precision the adapter's effect differs a
+little.
 
 ```python
 from peft import PeftModel

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hl_scale.cluster.ray_train import with_absolute_paths
+from hl_scale.cluster.session import with_absolute_paths
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "ray_train.py"
 

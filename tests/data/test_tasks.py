@@ -14,7 +14,7 @@ from hl_scale.config import TaskDataConfig
 from hl_scale.data.sampling import TaskSampler, plan_batches
 from hl_scale.data.shards import CorpusError
 from hl_scale.data.task_sources import split_instruction
-from hl_scale.data.tasks import TaskError, load_tasks, prepare_tasks
+from hl_scale.data.tasks import TaskError, load_tasks, open_tasks, prepare_tasks
 
 
 def line(name: str, count: int = 40, **changes: Any) -> dict[str, Any]:
@@ -64,6 +64,26 @@ def test_held_out_tasks_are_named_by_globs(prepare: Any) -> None:
     assert [task.name for task in prepare(line("a"), line("b"), tasks=["b"]).tasks.tasks] == ["b"]
     with pytest.raises(TaskError, match="no task is called"):
         prepare(line("a"), heldout_tasks=["z*"])
+
+
+def test_one_task_alone_is_trained_on_even_if_held_out_and_known_by_its_examples_whatever_the_others_are(
+    prepare: Any,
+) -> None:
+    data = {"kind": "tasks", "directory": "", "sources": [{"kind": "builtin"}], "only_task": "b"}
+
+    def alone(*lines: dict[str, Any]) -> Any:
+        directory = str(prepare(*lines).tasks.directory)
+        return open_tasks(TaskDataConfig.model_validate(data | {"directory": directory}))
+
+    found = alone(line("a"), line("b", seen=False))
+    assert [(task.name, task.seen) for task in found.seen] == [("b", True)] and not found.heldout
+    fingerprint = found.manifest["fingerprint"]
+    assert alone(line("b"), line("c")).manifest["fingerprint"] == fingerprint
+    assert alone(line("b", count=41), line("c")).manifest["fingerprint"] != fingerprint
+    with pytest.raises(TaskError, match="has no task 'b'"):
+        alone(line("a"))
+    with pytest.raises(TaskError, match=r"task b .* has no training examples"):
+        alone(line("a"), line("b", examples=[], test=[{"input": "x", "answer": "y"}], seen=False))
 
 
 @pytest.mark.parametrize(

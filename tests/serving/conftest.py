@@ -19,6 +19,7 @@ from transformers import (
 
 from hl_scale.base.loading import adapt_model
 from hl_scale.config import BaseModelConfig, LoraConfig, parse_config
+from hl_scale.engine.conditions import TypologyConditions
 from hl_scale.lora import LoraFactors, lora_scale
 
 VOCABULARY = 97
@@ -125,7 +126,12 @@ def make_run(tmp_path):
         )
         hypernetwork = RandomHypernetwork(base.slots, lora)
         return SimpleNamespace(
-            config=config, base=base, hypernetwork=hypernetwork, step=10, directory=str(tmp_path / "runs" / "tiny")
+            config=config,
+            base=base,
+            hypernetwork=hypernetwork,
+            conditions=TypologyConditions(),
+            step=10,
+            directory=str(tmp_path / "runs" / "tiny"),
         )
 
     return make
