@@ -15,7 +15,7 @@ from torch import Tensor
 from hl_scale.base import AdaptedModel
 from hl_scale.conditions import typology
 from hl_scale.config import Config, ConfigError
-from hl_scale.data.corpus import Corpus, Pair, load_corpus
+from hl_scale.data.corpus import Corpus, Pair
 from hl_scale.data.sampling import GlobalSampler
 from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.training_module import TrainingModule, is_finite, is_identity
@@ -100,13 +100,12 @@ class AlignmentWorkload:
     """The dialect job, see `hl_scale.engine.inputs.Workload`.
 
     Raises:
-        ValueError: a corpus that is missing or damaged, sentences that are too long or empty.
+        ConfigError: sentences that are too long or empty.
     """
 
     condition_size = typology.NUM_FEATURES
 
-    def __init__(self, config: Config, base: AdaptedModel) -> None:
-        corpus = load_corpus(config.data.directory)
+    def __init__(self, config: Config, base: AdaptedModel, corpus: Corpus) -> None:
         training = config.training
         self.config, self.base = config, base
         self.pairs = corpus.train

@@ -10,7 +10,9 @@ import numpy as np
 
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.config import Config, ConfigError
+from hl_scale.data.corpus import load_corpus
 from hl_scale.data.sampling import BatchPlan
+from hl_scale.data.tasks import open_tasks
 from hl_scale.engine import checkpoint, zero3
 from hl_scale.engine.alignment import AlignmentWorkload
 from hl_scale.engine.reconstruction import ReconstructionWorkload
@@ -64,14 +66,19 @@ class Workload(Protocol):
 def load_inputs(config: Config, world: World) -> Workload:
     """Read and check everything, writing nothing; raises ValueErrors that say what to mend."""
     check_run_directory(config)
+    if config.objective.kind == "alignment":
+        corpus = load_corpus(config.data.directory)  # before the base, which takes longer to load
+        return AlignmentWorkload(config, _load_base(config, world), corpus)
+    tasks = open_tasks(config.tasks)
+    kind = SupervisedWorkload if config.objective.kind == "supervised" else ReconstructionWorkload
+    return kind(config, _load_base(config, world), tasks)
+
+
+def _load_base(config: Config, world: World) -> AdaptedModel:
     base = load_base(config.base, config.lora, world.device)
     if config.training.packed:
         base.check_packing()
-    if config.objective.kind == "alignment":
-        return AlignmentWorkload(config, base)
-    if config.objective.kind == "reconstruction":
-        return ReconstructionWorkload(config, base)
-    return SupervisedWorkload(config, base)
+    return base
 
 
 def check_agreement(config: Config, inputs: Workload, world: World) -> None:

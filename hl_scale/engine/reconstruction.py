@@ -16,7 +16,7 @@ from hl_scale.config import Config, ConfigError
 from hl_scale.data.library import Library
 from hl_scale.data.sampling import TaskSampler
 from hl_scale.data.shards import hash_file
-from hl_scale.data.tasks import load_tasks
+from hl_scale.data.tasks import TaskSet
 from hl_scale.engine.conditions import TaskVectors
 from hl_scale.engine.training_module import TrainingModule, is_finite
 from hl_scale.engine.zero3 import World
@@ -63,13 +63,12 @@ class ReconstructionWorkload:
     """The library job, see `hl_scale.engine.inputs.Workload`. An epoch goes once through the tasks.
 
     Raises:
-        ValueError: a task set or library that is missing or damaged, adapters of another base.
+        ValueError: a library that is missing or damaged, adapters of another base or of no seen task.
     """
 
-    def __init__(self, config: Config, base: AdaptedModel) -> None:
+    def __init__(self, config: Config, base: AdaptedModel, tasks: TaskSet) -> None:
         self.config, self.base = config, base
         settings = config.reconstruction
-        tasks = load_tasks(config.data.directory)
         there = Library(settings.library, base.slots)
         self.tasks = tuple(task for task in tasks.seen if task.name in there.names)
         if not self.tasks:

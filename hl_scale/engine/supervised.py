@@ -15,7 +15,7 @@ from torch import Tensor
 from hl_scale.base import AdaptedModel
 from hl_scale.config import Config, ConfigError, TaskDataConfig
 from hl_scale.data.sampling import TaskSampler
-from hl_scale.data.tasks import Example, open_tasks
+from hl_scale.data.tasks import Example, TaskSet
 from hl_scale.engine.conditions import TaskVectors
 from hl_scale.engine.training_module import TrainingModule, is_finite
 from hl_scale.engine.zero3 import World
@@ -127,14 +127,13 @@ class SupervisedWorkload:
     """The task job, see `hl_scale.engine.inputs.Workload`.
 
     Raises:
-        ValueError: a task set that is missing or damaged, an answer that does not fit, a model without a head.
+        ValueError: an answer that does not fit, a model without a head, an encoder that cannot be loaded.
     """
 
-    def __init__(self, config: Config, base: AdaptedModel) -> None:
+    def __init__(self, config: Config, base: AdaptedModel, tasks: TaskSet) -> None:
         self.config, self.base = config, base
         if not base.has_head:
             raise ConfigError("objective.kind 'supervised' needs a causal model: set base.architecture or another base")
-        tasks = open_tasks(config.tasks)
         self.tasks = tasks.seen
         self.vectors = TaskVectors(config, self.tasks, base)
         self.condition_size = self.vectors.conditions.size

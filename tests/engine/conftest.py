@@ -18,6 +18,7 @@ from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.sampling import GlobalSampler
+from hl_scale.data.tasks import open_tasks
 from hl_scale.engine.alignment import token_lengths
 from hl_scale.engine.supervised import SupervisedWorkload
 from hl_scale.engine.targets import tokenize
@@ -72,7 +73,7 @@ def _dialects(config: Config, base: Any, model: Any) -> tuple[int, Any]:
 
 def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
     """One example at a time, from its text: what a batch, its packing and its noise must come to."""
-    workload = SupervisedWorkload(config, base)
+    workload = SupervisedWorkload(config, base, open_tasks(config.tasks))
     workload.vectors.prepare()
     settings, tokenizer = config.supervised, base.tokenizer
     head = model.get_input_embeddings().weight  # tied

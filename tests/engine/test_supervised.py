@@ -11,6 +11,7 @@ import torch
 
 from hl_scale.base import load_base
 from hl_scale.config import ConfigError
+from hl_scale.data.tasks import open_tasks
 from hl_scale.engine import checkpoint
 from hl_scale.engine.loop import train
 from hl_scale.engine.run import load_run
@@ -32,7 +33,7 @@ def job(tiny_config, tiny_tasks, base, tmp_path):
 
     def make(overrides=None):
         config = tiny_config(tmp_path / "run", {**tiny_tasks, **(overrides or {})})
-        workload = SupervisedWorkload(config, base)
+        workload = SupervisedWorkload(config, base, open_tasks(config.tasks))
         workload.vectors.prepare()
         torch.manual_seed(3)
         hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, workload.condition_size)

@@ -76,7 +76,7 @@ FAULTS = {
     "poisoned_targets": poisoned_targets,
     "flipped_bit": flipped_bit,
     "damaged_corpus": lambda: mock.patch.object(
-        alignment, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
+        inputs, "load_corpus", lambda directory: checkpoint_error("shard on this node is damaged")
     ),
     "other_settings": other_variable("HL_SCALE_TRAINING__LEARNING_RATE", "0.5"),
     "other_directory": other_variable("HL_SCALE_RUN__DIRECTORY", os.environ.get("OTHER_DIRECTORY", "")),
