@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from hl_scale.config import load_config
-from hl_scale.engine import alignment, checkpoint, checkpoint_writer, loop, targets, zero3
+from hl_scale.engine import alignment, checkpoint, checkpoint_writer, inputs, loop, targets, zero3
 
 RANK = int(os.environ["RANK"])
 POISONED_FROM = 3
