@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Answerer:
             rows.append(positions[key])
         found: list[Answer] = [Answer(0.0, False, None)] * len(asked)
         open_rows = []
-        for batch in self._batches(asked):
+        for batch in self._batches(asked, lambda a: len(a.prompt) + len(a.answer)):
             losses, greedy = self._scored(arm, [asked[row] for row in batch])
             for row, loss, tokens in zip(batch, losses, greedy, strict=True):
                 right, output = self._settled(asked[row], tokens)
@@ -87,7 +88,8 @@ class Answerer:
                 if right is None or (all_outputs and output is None):
                     open_rows.append(row)
             self.advance(len(batch))
-        for batch in self._batches([asked[row] for row in open_rows]):
+        # By answers: a batch goes on for as long as its longest may take.
+        for batch in self._batches([asked[row] for row in open_rows], lambda a: (len(a.answer), len(a.prompt))):
             part = [open_rows[row] for row in batch]
             for row, verdict in zip(part, self._generated(arm, [asked[row] for row in part]), strict=True):
                 found[row] = Answer(found[row].loss, *verdict)
@@ -108,9 +110,9 @@ class Answerer:
             )
         return _Asked(trial, prompt, answer)
 
-    def _batches(self, asked: Sequence[_Asked]) -> Iterator[list[int]]:
+    def _batches(self, asked: Sequence[_Asked], length: Callable[[_Asked], Any]) -> Iterator[list[int]]:
         """Rows of each batch, neighbours in length."""
-        order = sorted(range(len(asked)), key=lambda row: (len(asked[row].prompt), len(asked[row].answer)))
+        order = sorted(range(len(asked)), key=lambda row: length(asked[row]))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
