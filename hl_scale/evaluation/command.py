@@ -10,7 +10,10 @@ from typing import Any
 from rich.console import Group
 
 from hl_scale.config import parse_config
+from hl_scale.data.corpus import load_corpus
 from hl_scale.data.durable import write_text
+from hl_scale.data.library import Library
+from hl_scale.data.tasks import open_tasks
 from hl_scale.engine.run import LoadedRun
 from hl_scale.evaluation import steering_tables, tables
 from hl_scale.evaluation.dialects import evaluate_dialects, save
@@ -57,9 +60,7 @@ def evaluate_run(run: LoadedRun, request: Request, load: Callable[[Path], Loaded
     kind = run.config.data.kind
     for name in ("sentences",) if kind == "tasks" else _FOR_TASKS:
         if getattr(request, name) is not None:
-            raise EvaluationError(
-                f"--{name} does not apply to a run on {kind}\n  fix: leave it out"
-            )  # fmt: skip
+            raise EvaluationError(f"--{name} does not apply to a run on {kind}\n  fix: leave it out")
     control = None if request.control is None else load(request.control)
     if kind == "tasks":
         result = _tasks(run, request, control, load)
@@ -73,8 +74,6 @@ def evaluate_run(run: LoadedRun, request: Request, load: Callable[[Path], Loaded
 
 
 def _dialects(run: LoadedRun, request: Request, control: LoadedRun | None) -> dict[str, Any]:
-    from hl_scale.data.corpus import load_corpus
-
     if request.sentences is not None:
         tree = run.config.model_dump()
         tree["evaluation"]["sentences"] = request.sentences
@@ -85,10 +84,7 @@ def _dialects(run: LoadedRun, request: Request, control: LoadedRun | None) -> di
 def _tasks(
     run: LoadedRun, request: Request, control: LoadedRun | None, load: Callable[[Path], LoadedRun]
 ) -> dict[str, Any]:
-    from hl_scale.data.library import Library
-    from hl_scale.data.tasks import load_tasks
-
-    tasks = load_tasks(run.config.data.directory)
+    tasks = open_tasks(run.config.tasks)
     library = None
     if request.library is not None:
         library = Library(request.library, run.base.slots, [task.name for task in tasks.tasks])

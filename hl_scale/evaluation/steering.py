@@ -125,7 +125,7 @@ def _check_tasks(run: LoadedRun, tasks: TaskSet) -> None:
     if run.config.data.kind != "tasks":
         raise EvaluationError(f"{run.directory} was not trained on tasks\n  fix: evaluate it without a task set")
     fingerprint = str(tasks.manifest.get("fingerprint"))
-    if run.data_fingerprint is not None and fingerprint not in run.data_fingerprint:
+    if run.data_fingerprint is not None and run.data_fingerprint.split(":")[0] != fingerprint:
         raise EvaluationError(
             f"{run.directory} was trained on tasks {run.data_fingerprint[:12]}, but {tasks.directory} now holds "
             f"{fingerprint[:12]}: test examples there may have been trained on\n"

@@ -83,7 +83,7 @@ def make_run(tmp_path: Path) -> Callable[..., LoadedRun]:
         if config.conditions.kind == "one_hot":
             from hl_scale.engine.conditions import OneHotConditions
 
-            conditions: Any = OneHotConditions(config, task_set(tmp_path))
+            conditions: Any = OneHotConditions(config, task_set(tmp_path).seen)
         else:
             conditions = open_conditions(config, base)
         network = build_hypernetwork(config.hypernetwork, config.lora, base.slots, conditions.size)
