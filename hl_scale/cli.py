@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hl_scale.config import Config, load_config, parse_config
+from hl_scale.config import Config, load_config
 
 if TYPE_CHECKING:
     from hl_scale.base import AdaptedModel
@@ -142,28 +141,28 @@ def doctor(
 def evaluate(
     run: RunPath,
     control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,
-    sentences: Annotated[int | None, typer.Option(help="held-out sentences per dialect; all unless given")] = None,
+    prompted: Annotated[
+        Path | None, typer.Option(help="tasks: run of kind plain_lora with data.description_in_prompt")
+    ] = None,
+    library: Annotated[Path | None, typer.Option(help="tasks: folder with a PEFT LoRA for each task")] = None,
+    arms: Annotated[str | None, typer.Option(help="tasks: which to run, for example own,other,base")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="tasks: test examples per task; all unless given")] = None,
+    sentences: Annotated[int | None, typer.Option(help="dialects: held-out sentences; all unless given")] = None,
     step: Step = None,
     device: Device = None,
 ) -> None:
-    """Per-dialect table with intervals and controls; writes evaluation.json, evaluation.md and report.html."""
-    from hl_scale.data.corpus import load_corpus
-    from hl_scale.data.durable import write_text
-    from hl_scale.evaluation import evaluate_dialects, markdown_table, render_table, save, write_report
+    """Measure a run against its controls, with intervals; writes evaluation.json, evaluation.md and report.html."""
+    from hl_scale.evaluation import evaluate_run
+    from hl_scale.evaluation.command import Request
 
     loaded = _load(run, step, device)
-    if sentences is not None:
-        tree = loaded.config.model_dump()
-        tree["evaluation"]["sentences"] = sentences
-        loaded = dataclasses.replace(loaded, config=parse_config(tree, "--sentences"))
-    other = _load(control, None, device, loaded.base) if control is not None else None
-    result = evaluate_dialects(loaded, load_corpus(loaded.config.data.directory), control=other)
-    save(result, run)
-    write_text(run / "evaluation.md", markdown_table(result))
+    names = None if arms is None else arms.replace(" ", "").split(",")
+    request = Request(control, prompted, library, names, examples, sentences)
+    done = evaluate_run(loaded, request, lambda directory: _load(directory, None, device, loaded.base))
     # A table is wider than a pipe's 80 columns.
-    Console(width=None if sys.stdout.isatty() else 200).print(render_table(result))
+    Console(width=None if sys.stdout.isatty() else 200).print(done.table)
     print(f"saved: {run / 'evaluation.json'}, {run / 'evaluation.md'}")
-    print(f"report: {write_report(run)}")
+    print(f"report: {done.report}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -201,6 +201,52 @@ class AdaptedModel(nn.Module):
             raise BaseModelError(f"{type(self.model).__name__} has no language-model head, so it has no logits")
         with self._adapted(factors, None):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        factors: FactorSource | None = None,
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts, with a key-value cache.
+
+        Args:
+            input_ids: (B, T) int64, padded on the left.
+            attention_mask: (B, T), 1 for tokens.
+            factors: E == B adapters, one per row, or E == 1, or None for the bare base.
+            max_new_tokens: at most so many tokens are added to a row.
+            stop_ids: tokens that end a row.
+
+        Returns:
+            New tokens of each row, without the one that ended it.
+
+        Raises:
+            BaseModelError: the model has no head.
+        """
+        if not self.has_head:
+            raise BaseModelError(f"{type(self.model).__name__} has no language-model head, so it generates no text")
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=input_ids.device)
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        mask, tokens, positions, cache = attention_mask, input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0), None
+        found: list[list[int]] = [[] for _ in range(len(input_ids))]
+        with self._adapted(factors, None):
+            for _ in range(max_new_tokens):
+                output = self.model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
+                tokens, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+                going &= ~torch.isin(tokens[:, 0], stops)
+                for row in going.nonzero()[:, 0].tolist():
+                    found[row].append(int(tokens[row, 0]))
+                if not going.any():
+                    break
+                mask, positions = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1), positions[:, -1:] + 1
+        return found
 
     @contextmanager
     def _adapted(self, factors: FactorSource | None, segments: Segments | None) -> Iterator[None]:

@@ -84,10 +84,10 @@ class ReconstructionWorkload:
             )
         self.vectors = TaskVectors(config, self.tasks, base)
         self.condition_size = self.vectors.conditions.size
-        digest = hashlib.sha256(f"{tasks.manifest['fingerprint']}:{self.vectors.conditions.fingerprint}".encode())
+        digest = hashlib.sha256(self.vectors.conditions.fingerprint.encode())
         for name in self.library.names:
             digest.update(hash_file(self.library.directory / name / "adapter_model.safetensors").encode())
-        self.data_fingerprint = digest.hexdigest()
+        self.data_fingerprint = f"{tasks.manifest['fingerprint']}:{digest.hexdigest()}"
         batch = config.training.global_batch_size
         self.sampler = TaskSampler([[1]] * len(self.tasks), self.vectors.counts(), batch, 1, config.run.seed)
 

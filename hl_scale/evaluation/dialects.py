@@ -11,15 +11,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from hl_scale.conditions import typology
@@ -36,6 +34,7 @@ from hl_scale.evaluation.measurement import (
     cloud_statistics,
     delta_gram,
 )
+from hl_scale.evaluation.progress import progress_bar
 from hl_scale.evaluation.statistics import SentenceBootstrap
 from hl_scale.evaluation.summaries import BASE, DialectValues
 from hl_scale.objectives.alignment import AlignmentObjective
@@ -111,7 +110,7 @@ def evaluate_dialects(
     _check_corpus(run, control, corpus)
     _check_control(run, control)
     bootstrap = SentenceBootstrap(len(heldout.standard), samples=settings.bootstrap_samples, seed=settings.seed)
-    with _progress_bar(_passes(heldout, control is not None, run.base.has_head), progress) as advance:
+    with progress_bar(_passes(heldout, control is not None, run.base.has_head), "sentences", progress) as advance:
         objective = AlignmentObjective(run.config.alignment)
         arm = _Arm(run, Measurer(run.base, objective, settings.batch_size, advance))
         plain = _Arm(control, Measurer(control.base, objective, settings.batch_size, advance)) if control else None
@@ -346,11 +345,3 @@ def _provenance(run: LoadedRun, control: LoadedRun | None, corpus: Corpus, devic
         "device": str(device),
         "environment": environment(),
     }
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("sentences"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda done: bar.update(task, advance=done)

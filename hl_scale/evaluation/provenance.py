@@ -28,7 +28,7 @@ def describe_run(run: LoadedRun) -> dict[str, Any]:
         "target_modules": list(config.lora.target_modules),
         "training_pairs": run.step * config.training.global_batch_size,
         "learning_rate": config.training.learning_rate,
-        "data_mode": config.dialects.mode,
+        "data_mode": config.data.mode if config.data.kind == "dialects" else "tasks",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from hl_scale.data.durable import write_text
 from hl_scale.engine.progress import read_metrics
+from hl_scale.evaluation import steering_charts, steering_tables, tables
 from hl_scale.evaluation.charts import dialect_chart, to_svg, training_curves
 from hl_scale.evaluation.measurement import EvaluationError
-from hl_scale.evaluation.tables import LEGEND, standard_lines, tables
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -42,13 +42,13 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12.5px; 
 <h1>{{ name }}</h1>
 {% for notice in notices %}<p class="notice">{{ notice }}</p>
 {% endfor %}
-{% if evaluation %}
-<h2>Dialects</h2>
-<p>{{ legend }}</p>
-{% if dialect_chart %}<img alt="Divergence ratio per dialect and condition" src="{{ dialect_chart }}">{% endif %}
-{% for line in standard %}<p>{{ line }}</p>
+{% if shown %}
+<h2>{{ shown.heading }}</h2>
+<p>{{ shown.legend }}</p>
+{% for alternative, image in shown.charts %}<img alt="{{ alternative }}" src="{{ image }}">
+{% endfor %}{% for line in shown.lines %}<p>{{ line }}</p>
 {% endfor %}
-{% for table in tables %}
+{% for table in shown.tables %}
 <div class="scroll"><table>
 <caption>{{ table.caption }}</caption>
 <thead><tr>{% for cell in table.header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
@@ -57,10 +57,9 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12.5px; 
 {% endfor %}</tbody>
 </table></div>
 {% endfor %}
-<h2>Conditions</h2>
+<h2>{{ shown.meanings_heading }}</h2>
 <ul>
-<li><b>own vector</b>: the dialect's eWAVE attestation values</li>
-{% for control, text in evaluation.controls.items() %}<li><b>{{ control.replace("_", " ") }}</b>: {{ text }}</li>
+{% for name, text in shown.meanings.items() %}<li><b>{{ name }}</b>: {{ text }}</li>
 {% endfor %}</ul>
 <h2>What these numbers do not say</h2>
 <ul>{% for caveat in evaluation.caveats %}<li>{{ caveat }}</li>{% endfor %}</ul>
@@ -110,10 +109,7 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
         name=directory.resolve().name,
         notices=_notices(metrics, evaluation),
         evaluation=evaluation,
-        legend=LEGEND,
-        dialect_chart=_image(dialect_chart(evaluation)) if evaluation else None,
-        standard=standard_lines(evaluation) if evaluation else [],
-        tables=tables(evaluation) if evaluation else [],
+        shown=_SHOWN[evaluation["evaluation"]](evaluation) if evaluation else None,
         provenance=json.dumps(evaluation["provenance"], indent=1) if evaluation else "",
         curves=_image(training_curves(metrics)) if metrics else None,
         training=_training_line(metrics) if metrics else "",
@@ -124,6 +120,40 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
     return directory / "report.html"
 
 
+def _dialects(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    own = {"own vector": "the dialect's eWAVE attestation values"}
+    controls = {name.replace("_", " "): text for name, text in evaluation["controls"].items()}
+    return {
+        "heading": "Dialects",
+        "legend": tables.LEGEND,
+        "charts": [("Divergence ratio per dialect and condition", _image(dialect_chart(evaluation)))],
+        "lines": tables.standard_lines(evaluation),
+        "tables": tables.tables(evaluation),
+        "meanings_heading": "Conditions",
+        "meanings": own | controls,
+    }
+
+
+def _tasks(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    charts = {
+        "Exact match by group and arm": steering_charts.exact_chart,
+        "Margin by group and arm": steering_charts.margin_chart,
+        "Exact match by task and arm": steering_charts.task_chart,
+    }
+    return {
+        "heading": "Tasks",
+        "legend": steering_tables.LEGEND,
+        "charts": [(name, _image(draw(evaluation))) for name, draw in charts.items()],
+        "lines": steering_tables.lines(evaluation),
+        "tables": steering_tables.tables(evaluation),
+        "meanings_heading": "Arms and groups",
+        "meanings": {**evaluation["arms"], **evaluation["group_meanings"]},
+    }
+
+
+_SHOWN: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"dialects": _dialects, "tasks": _tasks}
+
+
 def _read_evaluation(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
@@ -131,8 +161,10 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{path} is not valid JSON ({error})\n  fix: run `hl-scale evaluate` again") from None
-    if not isinstance(result, dict) or result.get("evaluation") != "dialects" or result.get("format") != 1:
-        raise EvaluationError(f"{path} is not a dialect evaluation of format 1\n  fix: run `hl-scale evaluate` again")
+    if not isinstance(result, dict) or result.get("evaluation") not in _SHOWN or result.get("format") != 1:
+        raise EvaluationError(
+            f"{path} is not an evaluation of {' or '.join(_SHOWN)} of format 1\n  fix: run `hl-scale evaluate` again"
+        )
     return result
 
 
@@ -142,6 +174,7 @@ def _notices(metrics: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]
         notices.append("This run has not been evaluated yet: run hl-scale evaluate.")
     elif evaluation["reduced"]:
         notices.append(f"Reduced evaluation: {'; '.join(evaluation['reduced'])}.")
+    notices += evaluation.get("warnings", []) if evaluation else []
     if not metrics:
         notices.append("There are no training metrics (metrics.jsonl is missing or empty).")
     return notices

@@ -1,4 +1,4 @@
-"""Bootstrap over sentences for ratios of mean divergences.
+"""Bootstrap over sentences for ratios of mean divergences, and over tasks and their examples for means.
 
 The question is what another sample of sentences would have given, so sentences are the unit that is resampled (Efron
 and Tibshirani 1993, percentile interval). One resample is a vector of counts c, multinomial over the n sentences; every
@@ -146,3 +146,46 @@ class SentenceBootstrap:
             raise ValueError("no resample has a positive denominator: too few sentences differ from the base")
         low, high = np.percentile(defined, [2.5, 97.5])
         return Estimate(float(value), float(low), float(high), int(defined.size))
+
+
+class TaskBootstrap:
+    """Resamples of tasks, and of the examples within each task that is drawn (two-level bootstrap).
+
+    The estimate is the mean over tasks of each task's mean over its examples. Resamples depend on the sizes and the
+    seed alone, so the same ones serve every arm.
+
+    Args:
+        sizes: number of examples of each task, at least 1.
+        samples: number of resamples S.
+        seed: of numpy's default generator.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, samples: int = 4000, seed: int = 0) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"a bootstrap over tasks needs tasks with at least one example each, got sizes {sizes}")
+        self.sizes, self.samples = tuple(sizes), samples
+        generator = np.random.default_rng(seed)
+        drawn = generator.integers(len(sizes), size=(samples, len(sizes)))
+        self._places = [np.nonzero(drawn == task)[0] for task in range(len(sizes))]
+        self._counts = [
+            generator.multinomial(size, np.full(size, 1.0 / size), size=len(places)).astype(np.uint16)
+            for size, places in zip(sizes, self._places, strict=True)
+        ]
+
+    def mean(self, values: Sequence[npt.ArrayLike]) -> Estimate:
+        """Mean over tasks of the means of `values`, one array (examples,) per task.
+
+        Raises:
+            ValueError: sizes differ from those given, or a value is not finite.
+        """
+        rows = [np.asarray(part, dtype=np.float64) for part in values]
+        if tuple(len(row) for row in rows) != self.sizes:
+            raise ValueError(f"expected {self.sizes} values per task, got {tuple(len(row) for row in rows)}")
+        if not all(np.isfinite(row).all() for row in rows):
+            raise ValueError("a value of an example is not finite: the adapted model's losses are broken")
+        resampled = np.zeros(self.samples)
+        for row, places, counts in zip(rows, self._places, self._counts, strict=True):
+            np.add.at(resampled, places, counts @ row / len(row))
+        resampled /= len(rows)
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return Estimate(float(np.mean([row.mean() for row in rows])), float(low), float(high), self.samples)

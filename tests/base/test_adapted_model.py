@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,35 @@ def test_each_row_of_a_batch_is_adapted_by_its_own_factors_alone(saved: Saved, l
         alone = base.hidden_states(ids[row : row + 1, :length], mask[row : row + 1, :length], generated.select(row))
         torch.testing.assert_close(together[row, :length], alone[0], rtol=1e-4, atol=1e-5)
         assert (together[row, :length] - bare[row, :length]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@torch.no_grad()
+def test_generation_is_the_token_by_token_argmax_of_logits_for_each_row_with_its_adapter(
+    saved: Saved, load: Load, checkpointing: bool
+) -> None:
+    base = load(saved("gemma"), "gemma", gradient_checkpointing=checkpointing)
+    # Let what is attended to decide the next token, and not the last token alone, which gives the same one for ever.
+    base.model.get_input_embeddings().weight.mul_(0.3)
+    base.model.lm_head.weight = torch.nn.Parameter(torch.randn(67, 32, generator=torch.Generator().manual_seed(0)))
+    generated, (ids, mask) = replace(factors(base, 3), scale=1.0), batch()
+    expected = []
+    for row in range(3):
+        tokens = ids[row][mask[row].bool()]
+        start = len(tokens)
+        for _ in range(12):  # beyond the sliding window
+            scores = base.logits(tokens[None], torch.ones_like(tokens)[None], generated.select(row))
+            tokens = torch.cat((tokens, scores[0, -1:].argmax(-1)))
+        expected.append(tokens[start:].tolist())
+    assert all(len(set(tokens)) >= 5 for tokens in expected), expected
+    left = torch.stack([row.roll(9 - int(m.sum())) for row, m in zip(ids, mask, strict=True)])
+    left_mask = mask.flip(1)
+    assert base.generate(left, left_mask, generated, max_new_tokens=12) == expected
+    stop = expected[2][4]
+    ended = [row[: row.index(stop)] if stop in row else row for row in expected]
+    assert len(ended[2]) == 4 and len(ended[0]) == 12
+    assert base.generate(left, left_mask, generated, max_new_tokens=12, stop_ids=[stop]) == ended
+    assert all(module.adapter is None for module in base.linears.values())
 
 
 @torch.no_grad()

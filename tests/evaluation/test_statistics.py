@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hl_scale.evaluation.statistics import Estimate, SentenceBootstrap
+from hl_scale.evaluation.statistics import Estimate, SentenceBootstrap, TaskBootstrap
 
 
 def test_the_interval_of_a_mean_is_the_normal_interval_for_many_sentences():
@@ -129,3 +129,30 @@ def test_one_sentence_is_refused():
 def test_an_interval_that_touches_a_value_does_not_exclude_it():
     assert not Estimate(0.5, 0.0, 1.0, 10).excludes(0.0)
     assert Estimate(0.5, 0.1, 1.0, 10).excludes(0.0)
+
+
+def test_a_task_bootstrap_covers_both_the_choice_of_tasks_and_that_of_examples():
+    rng = np.random.default_rng(1)
+    sizes = [30] * 40
+    # Variance of the mean: between / T + within / (T n), the second part counted once more by resampling within tasks.
+    for between, within in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        values = [between * rng.normal() + within * rng.normal(size=size) for size in sizes]
+        means = np.array([value.mean() for value in values])
+        expected = np.sqrt((means.var() + np.mean([value.var() for value in values]) / 30) / 40)
+        estimate = TaskBootstrap(sizes, samples=4000).mean(values)
+        assert estimate.value == pytest.approx(means.mean())
+        assert (estimate.high - estimate.low) / (2 * 1.96) == pytest.approx(expected, rel=0.06)
+
+
+def test_a_task_bootstrap_weighs_tasks_alike_whatever_their_size():
+    estimate = TaskBootstrap([1, 9], samples=200).mean([[1.0], [0.0] * 9])
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
+
+
+def test_a_task_bootstrap_refuses_values_that_do_not_fit():
+    with pytest.raises(ValueError, match="at least one example each"):
+        TaskBootstrap([3, 0])
+    with pytest.raises(ValueError, match="expected"):
+        TaskBootstrap([2, 2], samples=100).mean([[1.0], [1.0, 2.0]])
+    with pytest.raises(ValueError, match="not finite"):
+        TaskBootstrap([1, 1], samples=100).mean([[1.0], [np.nan]])
