@@ -106,6 +106,10 @@ class TrainingConfig(Section):
     """AdamW epsilon."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Global gradient norm bound; 0 switches it off."""
+    head_gradient_clipping: float | None = Field(default=None, ge=0)
+    """A bound of their own for the hypernetwork's heads; `gradient_clipping` is then that of the rest."""
+    head_learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the heads as a multiple of `learning_rate`."""
     length_bucket_batches: int = Field(default=16, ge=1)
     """Sort this many global batches by length before cutting them, so that little is padded; 1 switches it off."""
     save_every: int = Field(default=100, ge=1)

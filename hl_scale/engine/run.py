@@ -30,9 +30,10 @@ _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geoml
 _MAY_CHANGE = {
     "run.directory", "cluster", "evaluation", "zero3", "data.directory", "data.num_workers", "base.model",
     "base.cache_directory", "base.placement", "base.gradient_checkpointing", "base.offload_activations",
-    "base.mlp_tile_tokens", "hypernetwork.generate_per_block", "training.micro_batch_size", "training.save_every",
-    "training.save_in_background", "training.keep_checkpoints", "training.keep_every", "training.commit",
-    "training.hang_timeout_seconds", "training.maximum_consecutive_skips", "training.log_every", "training.loggers",
+    "base.mlp_tile_tokens", "objective.logit_tokens", "hypernetwork.generate_per_block", "training.micro_batch_size",
+    "training.save_every", "training.save_in_background", "training.keep_checkpoints", "training.keep_every",
+    "training.commit", "training.hang_timeout_seconds", "training.maximum_consecutive_skips", "training.log_every",
+    "training.loggers",
 }  # fmt: skip
 _TASK_PREPARATION = {
     "data.sources", "data.tasks", "data.heldout_tasks", "data.training_examples", "data.test_examples",

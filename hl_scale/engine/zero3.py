@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hl_scale.config import BaseModelConfig, ConfigError, TrainingConfig, Zero3Config
 from hl_scale.data.sampling import BatchPlan
+from hl_scale.engine.clipping import clip_by_group, parameter_groups
 from hl_scale.engine.memory import keep_blocks, return_freed, share_one_heap
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -173,7 +174,7 @@ def build_engine(
     return_freed()
 
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        parameter_groups(module, training),
         lr=training.learning_rate,
         betas=training.betas,
         eps=training.adam_epsilon,
@@ -182,6 +183,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(base, training, zero3, plan)
     )
+    clip_by_group(engine, training)
     return_freed()
     if base.placement == "replicated":
         keep_blocks()
@@ -202,7 +204,7 @@ def gather_at_once(modules: Iterable[nn.Module]) -> None:
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     for group in engine.optimizer.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_ratio"]
 
 
 def gradient_norm(engine: Any) -> float:
