@@ -255,12 +255,12 @@ def features() -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="sinkhorn, lora or step")],
+    what: Annotated[str, typer.Argument(help="sinkhorn, lora, step or t2l")],
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="of torch on the CPU")] = None,
     repeats: Annotated[int, typer.Option(help="timed calls of each computation")] = 5,
     long: Annotated[bool, typer.Option("--long", help="also rows that take minutes")] = False,
-    recipe: Annotated[Path | None, typer.Option(help="step: whose step is timed; the demo's unless given")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="step, t2l: whose step is timed")] = None,
 ) -> None:
     """Time a hot path against the peers that are installed; rows whose check fails are not timed."""
     from hl_scale.benchmark import run_benchmark

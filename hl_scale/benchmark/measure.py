@@ -58,7 +58,7 @@ def run_benchmark(
     long: bool = False,
     recipe: Path | None = None,
 ) -> int:
-    """Print the table of `what`, "sinkhorn", "lora" or "step"; returns the number of rows whose check failed.
+    """Print the table of `what`, "sinkhorn", "lora", "step" or "t2l"; returns the number of rows whose check failed.
 
     Args:
         device: "cpu" or "cuda".
@@ -73,14 +73,18 @@ def run_benchmark(
     from hl_scale.benchmark.lora import lora_rows
     from hl_scale.benchmark.sinkhorn import sinkhorn_rows
 
-    if what not in ("sinkhorn", "lora", "step") or device not in ("cpu", "cuda"):
-        raise ValueError(f"cannot time {what} on {device}: choose sinkhorn, lora or step, and --device cpu or cuda")
-    if what == "step":
+    if what not in ("sinkhorn", "lora", "step", "t2l") or device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"cannot time {what} on {device}: choose sinkhorn, lora, step or t2l, and --device cpu or cuda"
+        )
+    if what in ("step", "t2l"):
         if device != "cpu":
-            raise ValueError("step is timed on the CPU\n  fix: leave --device out")
-        from hl_scale.benchmark.step import run_step_benchmark  # needs the whole package, unlike the others
+            raise ValueError(f"{what} is timed on the CPU\n  fix: leave --device out")
+        from hl_scale.benchmark.step import run_step_benchmark  # need the whole package, unlike the others
+        from hl_scale.benchmark.text_to_lora import run_text_to_lora_benchmark
 
-        return run_step_benchmark(recipe, threads, repeats)
+        run = run_step_benchmark if what == "step" else run_text_to_lora_benchmark
+        return run(recipe, threads, repeats)
     if threads is not None:
         torch.set_num_threads(threads)
     print(describe_machine(device))
