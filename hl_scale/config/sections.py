@@ -180,11 +180,11 @@ class EvaluationConfig(Section):
     sentences: int | None = Field(default=None, ge=2)
     """Held-out sentences used per dialect; all of them unless set."""
     batch_size: int = Field(default=32, ge=1)
-    """Sentences per forward pass."""
+    """Sentences or answers per forward pass."""
     bootstrap_samples: int = Field(default=4000, ge=100)
-    """Resamples of the sentence bootstrap (95% intervals)."""
+    """Resamples of the bootstrap (95% intervals)."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the bootstrap and of the shuffled condition."""
+    """Seed of the bootstrap, of the shuffled condition, and of random vectors."""
 
 
 Kind = TypeVar("Kind", bound=Section)

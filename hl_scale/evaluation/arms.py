@@ -29,7 +29,7 @@ ARMS = {
     RANDOM: "the adapter generated from a random vector as long as a description's",
     SHUFFLED: "the adapter generated from the words of the description in random order",
     BASE: "the base without an adapter",
-    DESCRIBED: "the base without an adapter, which reads the description before the prompt",
+    DESCRIBED: "the base without an adapter, which reads a description of the task before the prompt",
     EXAMPLES: f"the base without an adapter, which reads {IN_CONTEXT} training examples of the task before the prompt",
     LORA: "one plain LoRA trained on the same tasks, which is told nothing of the task",
     PROMPTED: "one plain LoRA trained on the same tasks, which reads the description before the prompt",
@@ -52,7 +52,8 @@ class Arm:
     Attributes:
         name: one of `ARMS`.
         base: the model that answers.
-        by_wording: whether wordings matter; if not, an example is asked once for all its groups.
+        by_wording: whether it matters which wordings were trained on; if not, an example is asked once for all its
+            groups, under its first wording.
         head: trial -> tokens between the start and the prompt.
         factors: trials -> adapters, one per trial (E = len) or one for all (E = 1), or None.
     """
@@ -133,14 +134,16 @@ def make_arms(
     """All arms that what is given allows, in the order of `ARMS`."""
 
     def generated(name: str) -> Arm:
-        return Arm(
-            name, run.base, factors=lambda trials: generated_factors(run, [vectors.vector(t, name) for t in trials])
-        )
+        def factors(trials: Sequence[Trial]) -> LoraFactors:
+            return generated_factors(run, [vectors.vector(trial, name) for trial in trials])
+
+        return Arm(name, run.base, by_wording=name != RANDOM, factors=factors)
 
     names = [OWN, OTHER, RANDOM] + ([] if isinstance(run.conditions, OneHotConditions) else [SHUFFLED])
     arms = [generated(name) for name in names]
     arms.append(Arm(BASE, run.base, by_wording=False))
-    arms.append(Arm(DESCRIBED, run.base, head=_described(text)))
+    # Neither knows which wordings were trained on.
+    arms.append(Arm(DESCRIBED, run.base, by_wording=False, head=_described(text)))
     arms.append(Arm(EXAMPLES, run.base, by_wording=False, head=lambda trial: in_context(trial, text, vectors.seed)))
     if lora is not None:
         arms.append(Arm(LORA, lora.base, by_wording=False, factors=_shared_factors(lora)))

@@ -39,6 +39,8 @@ from hl_scale.evaluation.trials import GROUPS, HELDOUT, Trial, make_trials
 
 COLLAPSED = 1e-3
 """Variance of updates across tasks, relative to the squared norm of their mean, below which they are called equal."""
+ROUNDING = 1e-4
+"""Nats that losses may differ by because texts were padded to another length (in bfloat16 more)."""
 WORDINGS = 4
 """Most wordings of a task whose updates are compared."""
 _PROMPT_SETTINGS = ("prompt", "answer_prefix", "answer_end", "chat_template")
@@ -196,7 +198,7 @@ def _warnings(groups: dict[str, Any], dependence: dict[str, Any]) -> list[str]:
         for kind, summary in kinds.items():
             for arm in (OTHER, RANDOM):
                 margin = summary["margin"].get(arm)
-                if margin is not None and margin["low"] <= 0:
+                if margin is not None and margin["low"] <= ROUNDING:
                     warnings.append(
                         f"{group}, {kind} answers: the margin over the {arm} adapter is not clear of 0 "
                         f"({margin['value']:.3f} [{margin['low']:.3f}, {margin['high']:.3f}])."

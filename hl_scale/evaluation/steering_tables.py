@@ -41,9 +41,9 @@ def render_table(result: Result) -> Group:
 def _terminal(table: TextTable, title: str) -> Table:
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for index, heading in enumerate(table.header):
-        shown.add_column(heading.replace(", ", "\n"), justify="right" if index else "left")
+        shown.add_column(heading.replace(", ", "\n"), justify="right" if index else "left", no_wrap=not index)
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(row[0], *(cell.replace(", ", ",") for cell in row[1:]))
     return shown
 
 

@@ -181,7 +181,10 @@ def slow_answers(run: LoadedRun, tasks: TaskSet, arm: str) -> list[tuple[bool, f
     trials = make_trials(tasks)
     vectors = TrialVectors(run.conditions, trials, run.config.evaluation.seed)
     found = []
+    first = {(t.task.name, t.number): t for t in reversed(trials)}
     for trial in trials:
+        if arm in ("random", "base+description"):
+            trial = first[trial.task.name, trial.number]
         prompt, factors = f"{trial.example.input} =>", None
         if arm == "base+description":
             prompt = f"{trial.description}\n{prompt}"
@@ -272,9 +275,13 @@ def test_a_run_that_ignores_its_condition_has_margins_of_0_and_the_collapse_warn
     for kinds in result["groups"].values():
         for summary in kinds.values():
             for arm in ("other", "random", "shuffled"):
-                assert (summary["margin"][arm]["value"], summary["margin"][arm]["high"]) == (0.0, 0.0)
+                assert [summary["margin"][arm][key] for key in ("low", "value", "high")] == pytest.approx(
+                    [0] * 3, abs=1e-6
+                )
+                assert summary["difference"][arm]["value"] == 0.0
     assert result["updates"]["relative_variance"] == 0.0
     assert result["updates"]["effective_rank"] == pytest.approx(1.0)
+    assert sum("is not clear of 0" in warning for warning in result["warnings"]) == 6 * 2
     assert "COLLAPSE" in result["warnings"][0] and "COLLAPSE" in steering_tables.markdown_table(result)
 
 
