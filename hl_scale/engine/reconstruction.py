@@ -76,6 +76,11 @@ class ReconstructionWorkload:
                 f"{settings.library} has no adapter for a seen task of {config.data.directory}: it has "
                 f"{', '.join(there.names[:5])}\n  fix: name each directory as the task it was trained for"
             )
+        if config.conditions.kind == "one_hot" and len(self.tasks) < len(tasks.seen):
+            raise ConfigError(
+                f"{settings.library} lacks adapters of {len(tasks.seen) - len(self.tasks)} seen tasks, and conditions of "
+                "kind one_hot number all of them\n  fix: train them, or use conditions.kind: descriptions"
+            )
         self.library = Library(settings.library, base.slots, [task.name for task in self.tasks])
         if self.library.base_fingerprint not in (None, base.fingerprint):
             raise ConfigError(

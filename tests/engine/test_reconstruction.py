@@ -92,6 +92,9 @@ def test_a_library_of_some_tasks_is_enough_and_one_of_none_is_refused(tiny_confi
     with pytest.raises(ConfigError, match="no adapter for a seen task"):
         train(tiny_config(tmp_path / "none", settings(tiny_tasks, write_library(("second",)))))
     assert not (tmp_path / "none").exists()
+    unlike = settings(tiny_tasks, write_library(("first", "last"))) | {"conditions": {"kind": "one_hot"}}
+    with pytest.raises(ConfigError, match="lacks adapters of 1 seen tasks"):
+        train(tiny_config(tmp_path / "numbered", unlike))
 
 
 def test_adapters_of_another_base_are_refused(tiny_config, tiny_tasks, write_library, tmp_path):
