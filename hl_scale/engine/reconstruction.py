@@ -78,8 +78,8 @@ class ReconstructionWorkload:
             )
         if config.conditions.kind == "one_hot" and len(self.tasks) < len(tasks.seen):
             raise ConfigError(
-                f"{settings.library} lacks adapters of {len(tasks.seen) - len(self.tasks)} seen tasks, and conditions of "
-                "kind one_hot number all of them\n  fix: train them, or use conditions.kind: descriptions"
+                f"{settings.library} lacks adapters of {len(tasks.seen) - len(self.tasks)} seen tasks, and one_hot "
+                "conditions number all of them\n  fix: train them, or use conditions.kind: descriptions"
             )
         self.library = Library(settings.library, base.slots, [task.name for task in self.tasks])
         if self.library.base_fingerprint not in (None, base.fingerprint):
