@@ -109,7 +109,7 @@ def test_an_unknown_benchmark_is_refused_in_one_line(capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit) as stopped:
             main()
     assert stopped.value.code == 2
-    assert "choose sinkhorn, lora or step" in capsys.readouterr().err
+    assert "choose sinkhorn, lora, step or t2l" in capsys.readouterr().err
 
 
 def test_the_machine_is_described_with_versions() -> None:
