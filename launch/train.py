@@ -58,7 +58,7 @@ def planned_memory(config: Config) -> int | None:
 
     device = default_device()
     try:
-        process = measure_process(config.base) if device == "cpu" else None  # it has done nothing else yet
+        process = measure_process(config) if device == "cpu" else None  # it has done nothing else yet
         return plan_memory(config, int(os.environ.get("WORLD_SIZE", "1")), device=device, process=process).peak
     except (ValueError, OSError):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import secrets
 from collections.abc import Sequence
@@ -72,6 +73,53 @@ class SentenceEncoder:
         check_texts(texts, lambda text: len(self.model.tokenizer(text)["input_ids"]), self.maximum_tokens)
         found = self.model.encode(list(texts), batch_size=32, show_progress_bar=False, convert_to_numpy=True)
         return scaled(found)
+
+
+def encoder_width(config: ConditionsConfig) -> int:
+    """Entries of an embedding, from the JSON files of a sentence-transformers model; no weights are needed.
+
+    Raises:
+        EncoderError: its configuration is neither on this machine nor on a hub that can be reached.
+    """
+    try:
+        modules = json.loads(_model_file(config, "modules.json").read_text(encoding="utf-8"))
+    except OSError:  # a plain transformers model, whose states are averaged
+        modules = []
+    dense = [module["path"] for module in modules if module["type"].endswith(".Dense")]
+    name, key = (f"{dense[-1]}/config.json", "out_features") if dense else ("config.json", "hidden_size")
+    try:
+        return int(json.loads(_model_file(config, name).read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError) as error:
+        raise EncoderError(
+            f"the width of conditions.encoder = {config.encoder!r} is not known, for its {name} cannot be read: "
+            f"{' '.join(str(error).split())[:200]}\n  fix: check the name and the network, or give a directory that "
+            "holds its config.json (weights are not needed for this)"
+        ) from error
+
+
+def encoder_directory(config: ConditionsConfig) -> Path | None:
+    """Where the encoder's files are, if that is this machine; nothing is fetched from the hub.
+
+    Raises:
+        EncoderError: a package that is not installed, or a path that is no directory.
+    """
+    source = config.encoder
+    if source.startswith("package:"):
+        return _package_directory(source.removeprefix("package:"))
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")):
+        raise EncoderError(f"conditions.encoder = {source!r} is not a directory\n  fix: correct the path")
+    return None
+
+
+def _model_file(config: ConditionsConfig, name: str) -> Path:
+    directory = encoder_directory(config)
+    if directory is not None:
+        return directory / name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(config.encoder, name, revision=config.encoder_revision))
 
 
 def check_texts(texts: Sequence[str], count: Any, maximum_tokens: int) -> None:

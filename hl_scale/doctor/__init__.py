@@ -50,7 +50,10 @@ def examine(
     required, paths = 0, {f"--storage {path}": path for path in storage}
     if config is not None:
         base, size = recipe.check_base(config)
-        yield from (base, recipe.check_remote_code(config), recipe.check_corpus(config), recipe.check_run(config))
+        yield from (base, recipe.check_remote_code(config), recipe.check_corpus(config))
+        yield from recipe.check_encoder(config)
+        yield from recipe.check_library(config)
+        yield recipe.check_run(config)
         required = (config.training.keep_checkpoints + 1) * (size or 0)
         paths |= recipe.storage_paths(config)
     usable = {}

@@ -1,21 +1,27 @@
-"""What a configuration needs: its base, its corpus, its run directory, and code it would run."""
+"""What a configuration needs: its base, its data, encoder and library, its run directory, and code it would run."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from hl_scale.conditions.descriptions import EncoderError, encoder_directory, encoder_width
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.corpus import load_corpus
+from hl_scale.data.library import Library, LibraryError
 from hl_scale.data.shards import CorpusError
+from hl_scale.data.tasks import open_tasks
 from hl_scale.doctor.findings import Finding, ok, problem, warning
 from hl_scale.engine import checkpoint
 from hl_scale.engine.progress import check_loggers
 from hl_scale.engine.run import check_run_directory
 from hl_scale.planning import checkpoint_bytes
+from hl_scale.planning.outline import outline
+from hl_scale.planning.preparation import loads_encoder
 
 CHECKPOINTS = "run.directory"
 """Name of the storage that checkpoints go to."""
@@ -51,7 +57,7 @@ def _workers(config: Config) -> int:
 def check_base(config: Config) -> tuple[Finding, int | None]:
     """Whether the base's configuration can be had, and bytes of one checkpoint that follow from it.
 
-    A packaged model is not converted for that: the size is then None.
+    A packaged model is not converted for that: the size is then None, as it is while conditions have no known width.
     """
     base, check = config.base, "base model"
     name = base.model.removeprefix(_PACKAGED)
@@ -62,18 +68,59 @@ def check_base(config: Config) -> tuple[Finding, int | None]:
         return ok(check, f"{base.model} is installed, and converted when it is first loaded"), None
     try:
         size = checkpoint_bytes(config)
+    except (EncoderError, CorpusError):  # of which other checks tell
+        return ok(check, f"{base.model} is found"), None
     except ValueError as error:
         return _split(check, error), None
     return ok(check, f"{base.model} is found; a checkpoint takes {size / 1e9:.2f} GB"), size
 
 
 def check_corpus(config: Config) -> Finding:
-    """Whether the corpus is there and every file of it is what its manifest says."""
+    """Whether the corpus or task set is there and every file of it is what its manifest says."""
     try:
+        if config.data.kind == "tasks":
+            tasks = open_tasks(config.tasks)
+            counts = f"{len(tasks.seen)} tasks to train on and {len(tasks.heldout)} held out"
+            return ok("tasks", f"{tasks.directory}: {counts}, every file verified")
         corpus = load_corpus(config.data.directory)
-    except CorpusError as error:
-        return _split("corpus", error)
+    except ValueError as error:
+        return _split("tasks" if config.data.kind == "tasks" else "corpus", error)
     return ok("corpus", f"{corpus.directory}: {corpus.manifest['rows']['written']} pairs, every file verified")
+
+
+def check_encoder(config: Config) -> Iterator[Finding]:
+    """Whether the encoder of descriptions can be had; nothing for a run without one."""
+    settings, check = config.conditions, "encoder"
+    if not loads_encoder(config):
+        return
+    if importlib.util.find_spec("sentence_transformers") is None:
+        yield problem(check, "sentence-transformers is not installed", "pip install 'hl_scale[tasks]'")
+        return
+    try:
+        width, directory = encoder_width(settings), encoder_directory(settings)
+    except EncoderError as error:
+        yield _split(check, error)
+        return
+    if directory is not None and not any(directory.glob("*.safetensors")):
+        fix = "download the whole model, or name its hub id as conditions.encoder"
+        yield problem(check, f"{directory} has no safetensors weights", fix)
+        return
+    yield ok(check, f"{settings.encoder} is found; embeddings have {width} entries")
+
+
+def check_library(config: Config) -> Iterator[Finding]:
+    """Whether the library of a reconstruction run has adapters for its base; nothing for other runs."""
+    if config.objective.kind != "reconstruction":
+        return
+    try:
+        base, _ = outline(config)
+        library = Library(config.reconstruction.library, base.slots)
+    except LibraryError as error:
+        yield _split("library", error)
+    except ValueError:  # of base, encoder or tasks, of which other checks tell
+        return
+    else:
+        yield ok("library", f"{library.directory}: {len(library.names)} adapters of rank {library.rank}")
 
 
 def check_run(config: Config) -> Finding:

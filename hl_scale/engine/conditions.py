@@ -18,7 +18,7 @@ from hl_scale.data.tasks import Task, load_tasks, open_tasks
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 
-_TEXTS_PER_PASS = 16
+TEXTS_PER_PASS = 16
 
 
 class Conditions(Protocol):
@@ -130,8 +130,8 @@ class BaseStateEncoder:
         check_texts(texts, lambda text: len(tokenizer(text)["input_ids"]), self.maximum_tokens)
         device = next(self.base.model.parameters()).device
         rows = []
-        for start in range(0, len(texts), _TEXTS_PER_PASS):
-            batch = list(texts[start : start + _TEXTS_PER_PASS])
+        for start in range(0, len(texts), TEXTS_PER_PASS):
+            batch = list(texts[start : start + TEXTS_PER_PASS])
             encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="right").to(device)
             states = self.base.hidden_states(encoded["input_ids"], encoded["attention_mask"])
             last = encoded["attention_mask"].sum(1) - 1

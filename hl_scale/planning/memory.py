@@ -11,12 +11,10 @@ between such blocks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,11 +27,9 @@ from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
 from hl_scale.engine.checkpoint_writer import random_states
 from hl_scale.engine.memory import LARGE_BLOCK, LARGEST_KEPT
-from hl_scale.engine.targets import CLOUDS_IN_MEMORY, TEXTS_PER_CHUNK, TEXTS_PER_PASS
 from hl_scale.kernels import quantize_nf4
-from hl_scale.objectives.alignment import AlignmentObjective
 from hl_scale.planning import tracing
-from hl_scale.planning.outline import outline
+from hl_scale.planning.jobs import Job
 from hl_scale.planning.phases import (
     BUCKETS,
     CONSTANTS,
@@ -50,12 +46,13 @@ from hl_scale.planning.phases import (
     PARTITIONS,
     PROCESS,
     READING,
-    TARGETS,
     UPDATE,
     MemoryPlan,
     Phase,
 )
-from hl_scale.planning.process import PAIR, process_baseline
+from hl_scale.planning.preparation import Preparation, tensor_sizes
+from hl_scale.planning.process import process_baseline
+from hl_scale.planning.wire import most_gathered
 
 CUDA_RESERVE = 1 << 30
 """Bytes of a GPU that are not tensors: context, cuBLAS and NCCL buffers. Assumed."""
@@ -66,8 +63,8 @@ GAPS = 0.35
 glibc wants room to align it."""
 
 _REFINEMENTS = 3
-_MOST_PAIRS = 1 << 16
-_LARGEST_TRACED = 4
+_MOST_SAMPLES = 1 << 16
+_GROUPS_TRACED = 4
 
 
 def plan_memory(
@@ -90,12 +87,12 @@ def plan_memory(
         process: bytes of a process on a CPU without tensors; measured in a new process unless given.
 
     Raises:
-        ValueError: a base without a readable configuration, slots that do not exist.
+        ValueError: see `Job`.
         OSError: no process could be started to measure.
     """
     batch = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world_size)
     model = _Model(config, world_size, device, process)
-    length = min(tokens or config.data.maximum_tokens, model.base.context_length)
+    length = model.job.length(tokens)
     plan = MemoryPlan(
         world_size, device, batch.micro_batch, length, model.phases(batch.micro_batch, length), model.checkpoint
     )
@@ -109,23 +106,23 @@ def checkpoint_bytes(config: Config) -> int:
     """Bytes of one checkpoint on disk, of all ranks together; what `plan_memory` says, without the rest.
 
     Raises:
-        ValueError: a base without a readable configuration, slots that do not exist.
+        ValueError: see `Job`.
     """
     return _Model(config, 1, "cpu").checkpoint
 
 
 def _largest_micro_batch(model: _Model, length: int, room: int) -> int:
-    """Most pairs whose peak is within `room` bytes: peaks of large batches grow by the same amount with each pair."""
+    """Most samples whose peak is within `room` bytes: peaks of large batches grow by the same amount with each one."""
 
-    def peak(pairs: int) -> int:
-        return max(phase.total for phase in model.phases(pairs, length))
+    def peak(samples: int) -> int:
+        return max(phase.total for phase in model.phases(samples, length))
 
     if peak(1) > room:
         return 0
     low, high = 1, 5
     for _ in range(_REFINEMENTS):
         slope = max((peak(high) - peak(low)) // (high - low), 1)
-        guess = min(low + (room - peak(low)) // slope, _MOST_PAIRS)
+        guess = min(low + (room - peak(low)) // slope, _MOST_SAMPLES)
         low, high = max(guess // 2, 1), guess + 1
     while guess > 1 and peak(guess) > room:
         guess -= 1
@@ -143,49 +140,53 @@ class _Model:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.base, self.hypernetwork = outline(config)
+        self.job = Job(config)
+        self.base, self.hypernetwork = self.job.base, self.job.hypernetwork
+        self.preparation = Preparation(self.job, self.device == "cpu")
         self.item = getattr(torch, config.base.compute_dtype).itemsize
         self.on_cpu = self.device == "cpu"
         self.layers = [layer for layer in self.base.linears.values() if isinstance(layer, QuantizedLinear)]
         self.packed = [layer.packed for layer in self.layers]
         self.trained = list(self.hypernetwork.parameters())
-        self.partitioned = config.base.placement == "zero3"
+        self.partitioned = self.job.partitioned
         # gloo gathers into a buffer of its own first, NCCL in place.
         self.copies = 1 if self.world_size == 1 else 2 if self.on_cpu else 1
 
     @lru_cache  # noqa: B019 - as long as the plan is made
-    def phases(self, pairs: int, tokens: int) -> tuple[Phase, ...]:
-        """All phases with so many pairs of so many tokens a pass."""
-        return tuple(self._all_phases(pairs, tokens))
+    def phases(self, samples: int, tokens: int) -> tuple[Phase, ...]:
+        """All phases with so many samples of so many tokens a pass."""
+        return tuple(self._all_phases(samples, tokens))
 
-    def _all_phases(self, pairs: int, tokens: int) -> Iterable[Phase]:
-        config = self.config
-        texts = min(TEXTS_PER_PASS, config.dialects.training_sentences)
-        bare = self._bare(texts, tokens)
-        traced = self._traced(pairs, tokens)
+    def _all_phases(self, samples: int, tokens: int) -> Iterable[Phase]:
+        traced = self._traced(samples, tokens)
         whole, held = self._loaded(), self._held(tokens)
         in_heap = traced.heap + self._reused if self.on_cpu else 0
-        kept = round((1 + GAPS) * max(in_heap, self._heap_of_shorter(pairs, tokens)))
+        kept = round((1 + GAPS) * max(in_heap, self._heap_of_shorter(samples, tokens)))
         gaps, freed = kept - in_heap, {FREED: kept}
-        moved = self._moved_to_host(pairs, tokens)
-        clouds = min(TEXTS_PER_CHUNK, config.dialects.training_sentences) * tokens * self.base.hidden_size * self.item
+        moved = 0 if self.on_cpu else self.job.moved_to_host(samples, tokens)
+        at_work = {DEQUANTIZED: self._dequantized} if self.job.runs_base else {}
         yield Phase("load", {**whole, **self._reading()})
-        targets = {tracing.ACTIVATIONS: bare, TARGETS: clouds if self.on_cpu else 0}
-        yield Phase("targets", {**whole, **targets, DEQUANTIZED: self._dequantized})
+        name, preparing = self.preparation.phase(tokens)
+        run = {DEQUANTIZED: self._dequantized} if self._prepared_by_base else {}
+        yield Phase(name, {**whole, **preparing, **run})
         yield Phase("partition", {**whole, **self._partitioning()})
-        forward = {**held, **traced.forward, GATHERED: self._gathered, DEQUANTIZED: self._dequantized, FREED: gaps}
         before = freed if self._passes > 1 else {}
+        heads = self._heads_gathered
+        room = sum(traced.generated.values()) + heads["forward"]  # of which what earlier passes left is taken first
+        left = {FREED: max(before.get(FREED, 0) - room, 0)}
+        yield Phase("generate", {**held, **left, **traced.generated, GATHERED: heads["forward"]})
         yield Phase("embed", {**held, **before, GATHERED: self._embedding_gathered})
-        yield Phase("forward", forward)
-        between = {**traced.kept, tracing.ACTIVATIONS: traced.kept.get(tracing.ACTIVATIONS, 0) - moved}
-        between |= {OBJECTIVE: pairs * self._objective(tokens), GATHERED: self._reused, FREED: gaps}
-        yield Phase("loss", {**held, **between})
+        gathered = {part: self._gathered + (heads[part] if self._per_block else 0) for part in heads}
+        yield Phase("forward", {**held, **traced.forward, **at_work, GATHERED: gathered["forward"], FREED: gaps})
+        between: dict[str, int] = {**traced.loss, tracing.ACTIVATIONS: traced.loss.get(tracing.ACTIVATIONS, 0) - moved}
+        between[OBJECTIVE] = between.get(OBJECTIVE, 0) + self._objective(samples, tokens)
+        head = self._output_gathered if self.job.loss is not None else 0
+        yield Phase("loss", {**held, **between, GATHERED: self._reused + head, FREED: gaps})
         backward = {**traced.backward, tracing.ACTIVATIONS: traced.backward.get(tracing.ACTIVATIONS, 0) - moved}
-        backward |= {GATHERED: self._gathered, DEQUANTIZED: self._dequantized, FREED: gaps}
-        yield Phase("backward", {**held, **backward})
+        yield Phase("backward", {**held, **backward, **at_work, GATHERED: gathered["backward"], FREED: gaps})
         reduced = self._bucket + self.copies * self._waiting
-        gathered = 0 if self._reused else self._head_gathered
-        reducing = {BUCKETS: reduced, GATHERED: gathered, tracing.GRADIENTS: traced.reducing}
+        again = 0 if self._reused else self._head_gathered
+        reducing = {BUCKETS: reduced, GATHERED: again, tracing.GRADIENTS: traced.reducing}
         yield Phase("reduce", {**held, **freed, **reducing})
         stepped = {**held, **freed, BUCKETS: self._bucket, MOMENTS: 2 * self._optimizer}
         yield Phase("step", {**stepped, UPDATE: 3 * self._optimizer})
@@ -193,35 +194,31 @@ class _Model:
             yield Phase("save", {**stepped, COPIES: 3 * self._optimizer})
 
     @lru_cache  # noqa: B019
-    def _traced(self, pairs: int, tokens: int) -> tracing.PassMemory:
-        """A training pass. Each pair takes the same, so large batches follow from two small ones."""
-        return self._traced_with(pairs, tokens, pairs)
+    def _traced(self, samples: int, tokens: int) -> tracing.PassMemory:
+        """A training pass. Each group of samples takes the same, so large batches follow from two small ones."""
+        return self._traced_with(samples, tokens, samples)
 
-    def _heap_of_shorter(self, pairs: int, tokens: int) -> int:
+    def _heap_of_shorter(self, samples: int, tokens: int) -> int:
         """Bytes that the longest texts leave in the heap whose hidden states are not blocks of their own yet."""
-        length = (LARGE_BLOCK - 1) // (pairs * self.base.hidden_size * self.item)
+        length = (LARGE_BLOCK - 1) // (samples * self.base.hidden_size * self.item)
         if not (self.on_cpu and self.partitioned and 0 < length < tokens):
             return 0
-        return self._traced(pairs, length).heap + self._reused
+        return self._traced(samples, length).heap + self._reused
 
     @lru_cache  # noqa: B019
-    def _traced_with(self, pairs: int, tokens: int, real: int) -> tracing.PassMemory:
-        """Blocks of fewer pairs are small where they are small with so many as there really are."""
-        if pairs <= _LARGEST_TRACED:
-            block = (LARGE_BLOCK if self.partitioned else LARGEST_KEPT) * pairs // real if self.on_cpu else 0
-            return tracing.trace_pass(self.base, self.hypernetwork, pairs, tokens, self.config.training.packed, block)
-        half = _LARGEST_TRACED // 2
-        small, large = (self._traced_with(count, tokens, real) for count in (half, _LARGEST_TRACED))
-        return large.extended(small, (pairs - _LARGEST_TRACED) / half)
+    def _traced_with(self, samples: int, tokens: int, real: int) -> tracing.PassMemory:
+        """Blocks of fewer samples are small where they are small with so many as there really are."""
+        most = _GROUPS_TRACED * self.job.group
+        if samples <= most:
+            block = (LARGE_BLOCK if self.partitioned else LARGEST_KEPT) * samples // real if self.on_cpu else 0
+            return self.job.trace(samples, tokens, block)
+        half = most // 2
+        small, large = (self._traced_with(count, tokens, real) for count in (half, most))
+        return large.extended(small, (samples - most) / half)
 
     @lru_cache  # noqa: B019
-    def _bare(self, texts: int, tokens: int) -> int:
-        return tracing.trace_bare_pass(self.base, texts, tokens)
-
-    @lru_cache  # noqa: B019
-    def _objective(self, tokens: int) -> int:
-        objective = AlignmentObjective(self.config.alignment)
-        return tracing.trace_objective(objective, tokens, self.base.hidden_size)
+    def _objective(self, samples: int, tokens: int) -> int:
+        return self.job.objective(samples, tokens, self.on_cpu)
 
     @property
     def checkpoint(self) -> int:
@@ -239,18 +236,19 @@ class _Model:
             other = self._partition(self._others) + _bytes(self._buffers)
             sizes |= {PACKED: self._partition(self.packed), OTHER: other}
         later = self.config.training.steps > 1
-        sentences = min(CLOUDS_IN_MEMORY, self.config.dialects.training_sentences)
-        sentences = min(sentences, self.config.training.steps * self.config.training.global_batch_size)
-        return sizes | {
-            DEQUANTIZED: self._dequantized if self.on_cpu else 0,
-            PARAMETERS: self._partition(self.trained),
-            MASTER: self._optimizer,
-            PARTITIONS: self.item * self._part,
-            MOMENTS: 2 * self._optimizer if later else 0,
-            BUCKETS: self._bucket if later or not self.on_cpu else 0,
-            COPIES: 3 * self._optimizer if self.on_cpu and self.config.training.save_in_background else 0,
-            TARGETS: sentences * tokens * self.base.hidden_size * self.item if self.on_cpu else 0,
-        }
+        return (
+            sizes
+            | self.preparation.held(tokens)
+            | {
+                DEQUANTIZED: self._dequantized if self.on_cpu and self.job.runs_base else 0,
+                PARAMETERS: self._partition(self.trained),
+                MASTER: self._optimizer,
+                PARTITIONS: self.item * self._part,
+                MOMENTS: 2 * self._optimizer if later else 0,
+                BUCKETS: self._bucket if later or not self.on_cpu else 0,
+                COPIES: 3 * self._optimizer if self.on_cpu and self.config.training.save_in_background else 0,
+            }
+        )
 
     def _partition(self, parameters: Iterable[Tensor]) -> int:
         """Bytes of this rank's parts, and of small parameters that stay whole once they were gathered."""
@@ -264,12 +262,12 @@ class _Model:
     def _partitioning(self) -> dict[str, int]:
         """The most that is held while parameters are cut one after the other, beyond the whole base."""
         parameters = [*self.trained, *(self.base.parameters() if self.partitioned else [])]
-        now = most = _bytes(self.trained)
+        now, most = _bytes(self.trained), 4 * sum(p.numel() for p in self.trained)  # it is built in float32
         for parameter in parameters:
             part = -(-parameter.numel() // self.world_size) * parameter.element_size()
             most = max(most, now + part)
             now += part - parameter.numel() * parameter.element_size()
-        return {PARAMETERS: most, DEQUANTIZED: self._dequantized if self.on_cpu else 0}
+        return {PARAMETERS: most, DEQUANTIZED: self._dequantized if self.on_cpu and self._prepared_by_base else 0}
 
     def _reading(self) -> dict[str, int]:
         """What reading one file and quantising one tensor takes; random weights are drawn in pieces."""
@@ -279,23 +277,13 @@ class _Model:
         workspace = tracing.trace_call(lambda: quantize_nf4(torch.empty(shape, dtype=torch.bfloat16, device="meta")))
         directory = local_directory(self.config.base) if self.on_cpu else None
         files = [] if directory is None else directory.glob("*.safetensors")
-        return {READING: workspace + max(map(_largest_tensor, files), default=0)}
-
-    def _moved_to_host(self, pairs: int, tokens: int) -> int:
-        """Bytes between blocks that wait in host memory, where that is not the device's own."""
-        if self.on_cpu or not self.config.base.offload_activations:
-            return 0
-        blocks = len({slot.layer for slot in self.base.slots})
-        return blocks * pairs * tokens * self.base.hidden_size * self.item
+        return {READING: workspace + max((max(tensor_sizes(file), default=0) for file in files), default=0)}
 
     @cached_property
     def _process(self) -> int:
         if not self.on_cpu:
             return 0
-        data = self.config.dialects
-        rows = len(data.training_varieties) if data.mode == "named" else data.variants_per_sentence
-        pairs = data.training_sentences * (rows + data.identity_per_sentence)
-        return (self.process or process_baseline(self.config.base)) + pairs * PAIR
+        return (self.process or process_baseline(self.config)) + self.preparation.data
 
     @cached_property
     def _others(self) -> list[Tensor]:
@@ -338,9 +326,31 @@ class _Model:
 
     @cached_property
     def _embedding_gathered(self) -> int:
-        if not self.partitioned or self.world_size == 1:
-            return 0
-        return self.copies * _bytes([self.base.model.get_input_embeddings().weight])
+        return self._whole(self.base.model.get_input_embeddings().weight)
+
+    @cached_property
+    def _output_gathered(self) -> int:
+        return self._whole(self.base.output_head.weight)
+
+    def _whole(self, weight: Tensor) -> int:
+        return self.copies * _bytes([weight]) if self.partitioned and self.world_size > 1 else 0
+
+    @cached_property
+    def _heads_gathered(self) -> dict[str, int]:
+        """The most of the hypernetwork that is gathered at once in either pass; a copy of it on the way."""
+        if self.world_size == 1:
+            return {"forward": 0, "backward": 0}
+        most = most_gathered(self.job, self.world_size)
+        return {part: size + (self.copies - 1) * max(map(_bytes, zip(self.trained))) for part, size in most.items()}
+
+    @property
+    def _per_block(self) -> bool:
+        return self.config.hypernetwork.generate_per_block
+
+    @property
+    def _prepared_by_base(self) -> bool:
+        """Whether the base runs before training, and leaves room for a dequantised weight behind."""
+        return tracing.ACTIVATIONS in self.preparation.phase(1)[1]
 
     @cached_property
     def _head_gathered(self) -> int:
@@ -368,7 +378,8 @@ class _Model:
         if self.world_size == 1 or self._passes == 1:
             return 0
         left, total = self.config.zero3.maximum_reuse_distance, 0
-        for parameter in [*(reversed(self.packed) if self.partitioned else []), *reversed(self.trained)]:
+        trained = [] if self._per_block else reversed(self.trained)  # heads that blocks call are counted with them
+        for parameter in [*(reversed(self.packed) if self.partitioned else []), *trained]:
             if left < parameter.numel():
                 break
             left -= parameter.numel()
@@ -381,19 +392,10 @@ class _Model:
 
     @property
     def _passes(self) -> int:
-        batch = plan_batches(
-            self.config.training.global_batch_size, self.config.training.micro_batch_size, self.world_size
-        )
-        return self.config.training.steps * batch.accumulation
+        training = self.config.training
+        batch = plan_batches(training.global_batch_size, training.micro_batch_size, self.world_size)
+        return training.steps * batch.accumulation
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _largest_tensor(file: Path) -> int:
-    """Bytes of the largest tensor in a safetensors file, from its header."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    return max((end - start for start, end in (entry["data_offsets"] for entry in header.values())), default=0)

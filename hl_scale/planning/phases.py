@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PROCESS = "process, tokenizer and corpus"
+PROCESS = "process, tokenizer and data"
 PACKED = "packed base"
 CONSTANTS = "block constants"
 OTHER = "embeddings, norms, biases"
@@ -16,7 +16,9 @@ GATHERED = "gathered weights"
 DEQUANTIZED = "dequantised weight"
 BUCKETS = "gradients being reduced"
 TARGETS = "frozen targets"
-OBJECTIVE = "Sinkhorn divergence"
+ENCODER = "encoder of descriptions"
+LIBRARY = "library of adapters"
+OBJECTIVE = "objective"
 READING = "weights being read"
 UPDATE = "update being computed"
 COPIES = "copies being written"
@@ -42,11 +44,12 @@ class MemoryPlan:
     Attributes:
         world_size: ranks.
         device: "cpu" (resident memory of the process) or "cuda" (tensors on the GPU).
-        micro_batch, tokens: pairs of a pass and tokens of each text, of which all are assumed to be that long.
+        micro_batch, tokens: samples of a pass (pairs, examples or adapters) and tokens of each text, of which all are
+            assumed to be that long; no tokens where the base is not run.
         phases: in the order of a run.
         checkpoint: bytes of one checkpoint on disk, of all ranks together.
         capacity: bytes of a GPU, if given.
-        largest_micro_batch: pairs of a pass that fit into `capacity`; 0 if none do, None if no capacity was given.
+        largest_micro_batch: samples of a pass that fit into `capacity`; 0 if none do, None if no capacity was given.
     """
 
     world_size: int

@@ -15,30 +15,29 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
+from importlib.util import find_spec
 
-from hl_scale.config import BaseModelConfig
+from hl_scale.config import Config, parse_config
 from hl_scale.engine.memory import resident_bytes, return_freed, share_one_heap
+from hl_scale.planning.preparation import loads_encoder
 
 RUNNING = 75_000_000
 """Bytes of a run that has tensors, DeepSpeed's engine and its process group, beyond those of its libraries as they were
 loaded: 45 MB of engine and group, 30 MB of library pages that are first touched when a step computes."""
-PAIR = 3_100
-"""Bytes of a training pair in memory: its texts, vector and order (14,000 pairs took 30 MB more than 4,200)."""
 
 
-def process_baseline(base: BaseModelConfig) -> int:
+def process_baseline(config: Config) -> int:
     """Resident bytes of a training process that holds no tensor, measured in a new process (some seconds).
 
     Raises:
         OSError: the process failed.
     """
-    deciding = {"model", "revision", "architecture", "trust_remote_code", "cache_directory"}
-    return _measured(base.model_dump_json(include=deciding))
+    return _measured(config.model_dump_json(include={"run", "base", "data", "conditions", "objective", "training"}))
 
 
 @lru_cache
-def _measured(base: str) -> int:
-    command = [sys.executable, "-m", "hl_scale.planning.process", base]
+def _measured(config: str) -> int:
+    command = [sys.executable, "-m", "hl_scale.planning.process", config]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -46,10 +45,12 @@ def _measured(base: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def measure_process(base: BaseModelConfig) -> int:
+def measure_process(config: Config) -> int:
     """The same in this process, which should have done nothing else; what it loads it gives back."""
     share_one_heap()
-    for module in ("deepspeed", "hl_scale.engine.loop", "pyarrow.parquet"):
+    base = config.base
+    encoder = ["sentence_transformers"] if loads_encoder(config) and find_spec("sentence_transformers") else []
+    for module in ("deepspeed", "hl_scale.engine.loop", "pyarrow.parquet", *encoder):
         importlib.import_module(module)
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -80,4 +81,4 @@ def measure_process(base: BaseModelConfig) -> int:
 
 
 if __name__ == "__main__":
-    print(measure_process(BaseModelConfig.model_validate(json.loads(sys.argv[1]))))
+    print(measure_process(parse_config(json.loads(sys.argv[1]))))

@@ -14,7 +14,7 @@ from hl_scale.planning.wire import WirePlan
 
 _NOT_COUNTED = (
     "these are lower bounds: kernels reach a ceiling on large products alone; passes over memory (dequantising, norms, "
-    "the optimizer), the launches of Sinkhorn iterations and stragglers are not counted"
+    "the optimizer), logits of answers, the launches of Sinkhorn iterations and stragglers are not counted"
 )
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -54,7 +54,7 @@ def gigabytes(size: int) -> str:
 def render_plan(plan: MemoryPlan) -> Table:
     """Components by phase, in megabytes (10^6 bytes)."""
     where = "resident memory of each rank" if plan.device == "cpu" else "tensors on each rank's GPU"
-    title = f"{where} in MB: {plan.world_size} ranks, {plan.micro_batch} pairs of {plan.tokens} tokens a pass"
+    title = f"{where} in MB: {plan.world_size} ranks, {plan.micro_batch} samples of {plan.tokens} tokens a pass"
     table = Table(title=title, title_justify="left")
     table.add_column("component")
     for phase in plan.phases:
@@ -112,8 +112,8 @@ def step_conclusions(plan: StepPlan) -> list[str]:
         lines.append(f"sending {plan.network / 1e9:.3g} GB/s: {seconds(plan.wire_seconds)}")
     if plan.step_seconds is not None and plan.tokens_per_second is not None:
         (low, high), (fast, slow) = plan.step_seconds, plan.tokens_per_second
-        lines.append(f"step: {seconds(low)} (communication hidden) to {seconds(high)} (none hidden); {slow:,.0f} to "
-                     f"{fast:,.0f} tokens a second over all ranks")  # fmt: skip
+        rate = f"; {slow:,.0f} to {fast:,.0f} tokens a second over all ranks" if plan.tokens else ""
+        lines.append(f"step: {seconds(low)} (communication hidden) to {seconds(high)} (none hidden){rate}")
     if plan.compute_seconds is not None or plan.wire_seconds is not None:
         lines.append(_NOT_COUNTED)
     return lines

@@ -2,12 +2,14 @@
 
 Floating-point operations are counted on the real pass, run without data: products of weights and low-rank factors
 forward and backward, what is recomputed, attention over whole (padded) texts. Element-wise work, the Sinkhorn
-divergence and the optimizer are not products and are not counted, nor are frozen targets, which are computed once.
+divergence and the optimizer are not products and are not counted, nor are frozen targets, which are computed once, nor
+the logits of answers: a configuration does not say how many tokens answers have.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,15 +17,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from hl_scale.base import AdaptedModel
 from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
-from hl_scale.hypernetwork import Hypernetwork
-from hl_scale.planning.outline import outline
-from hl_scale.planning.tracing import trace_pass
+from hl_scale.planning.jobs import Job
 
 _MEASURED = 1536
-_PAIRS = 2
+_GROUPS = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class StepPlan:
 
     Attributes:
         flops: floating-point operations of a rank in a step.
-        tokens: of the dialect texts of all ranks in a step, padding included.
+        tokens: that the base reads on all ranks in a step, padding included.
         sent: bytes that a rank sends in a step.
         matmul: operations a second that a rank reaches on large products, or None.
         measured: whether `matmul` was measured here.
@@ -79,16 +78,16 @@ def plan_step(
 ) -> StepPlan:
     """Count a step's operations; `sent` is `WirePlan.total`, other arguments as for `plan_memory` and `StepPlan`."""
     batch = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, world_size)
-    base, hypernetwork = outline(config)
-    length = min(tokens or config.data.maximum_tokens, base.context_length)
-    counted = count_flops(base, hypernetwork, _PAIRS, length, config.training.packed)
-    pairs = batch.accumulation * batch.micro_batch
+    job = Job(config)
+    length, counted = job.length(tokens), _GROUPS * job.group
+    flops = count_flops(lambda: job.trace(counted, length))
+    samples = batch.accumulation * batch.micro_batch
     total = config.training.global_batch_size * length
-    return StepPlan(counted * pairs // _PAIRS, total, sent, matmul, measured, network)
+    return StepPlan(flops * samples // counted, total, sent, matmul, measured, network)
 
 
-def count_flops(base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, tokens: int, packed: bool) -> int:
-    """Operations of products (a multiplication and an addition are two) in a pass forward and backward."""
+def count_flops(run: Callable[[], Any]) -> int:
+    """Operations of the products (a multiplication and an addition are two) that a call makes."""
     aten: Any = torch.ops.aten
     more = {
         aten.addmm_: _addmm_flops,
@@ -99,7 +98,7 @@ def count_flops(base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, toke
     }
     counter = FlopCounterMode(display=False, custom_mapping=more)
     with counter:
-        trace_pass(base, hypernetwork, pairs, tokens, packed)
+        run()
     return counter.get_total_flops()
 
 

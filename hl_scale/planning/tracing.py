@@ -29,6 +29,7 @@ from hl_scale.objectives.alignment import AlignmentObjective
 ACTIVATIONS = "activations"
 FACTORS = "generated factors"
 GRADIENTS = "gradients of activations and factors"
+OBJECTIVE = "objective"
 _UNCOUNTED = "dequantised weights"
 _LONGEST_CLOUD = 256
 
@@ -108,7 +109,7 @@ class Allocations(TorchDispatchMode):
 
     def _note(self) -> None:
         if _counted(self.live) > _counted(self.peak):
-            self.peak = {kind: size for kind, size in self.live.items() if kind != _UNCOUNTED}
+            self.peak = _without_weights(self.live)
 
 
 @contextmanager
@@ -144,8 +145,12 @@ def _attend(
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
+def _without_weights(sizes: dict[str, int]) -> dict[str, int]:
+    return {kind: size for kind, size in sizes.items() if kind != _UNCOUNTED}
+
+
 def _counted(sizes: dict[str, int]) -> int:
-    return sum(size for kind, size in sizes.items() if kind != _UNCOUNTED)
+    return sum(_without_weights(sizes).values())
 
 
 @dataclass(frozen=True)
@@ -153,28 +158,35 @@ class PassMemory:
     """Bytes of one micro-batch by kind, without weights, their gradients and dequantised weights.
 
     Attributes:
+        generated: while the hypernetwork runs.
         forward: when the forward pass holds most.
-        kept: between the passes.
+        kept: when it is done.
+        loss: until the loss is there; as `kept` if it is traced apart.
         backward: when the backward pass holds most.
         heap: the most in storages below `block`, at any time.
         reducing: the most outside the heap when a gradient of the hypernetwork is ready.
     """
 
+    generated: dict[str, int]
     forward: dict[str, int]
     kept: dict[str, int]
+    loss: dict[str, int]
     backward: dict[str, int]
     heap: int = 0
     reducing: int = 0
 
     def extended(self, smaller: PassMemory, times: float) -> PassMemory:
         """This and so many times what it takes more than a smaller pass."""
-        moments = ((self.forward, smaller.forward), (self.kept, smaller.kept), (self.backward, smaller.backward))
-        forward, kept, backward = ({k: round(v + times * (v - w.get(k, 0))) for k, v in m.items()} for m, w in moments)
+        names = ("generated", "forward", "kept", "loss", "backward")
+        extended: dict[str, Any] = {}
+        for name in names:
+            more, less = getattr(self, name), getattr(smaller, name)
+            extended[name] = {kind: round(v + times * (v - less.get(kind, 0))) for kind, v in more.items()}
         heap, reducing = (
             round(most + times * (most - less))
             for most, less in ((self.heap, smaller.heap), (self.reducing, smaller.reducing))
         )
-        return PassMemory(forward, kept, backward, heap, reducing)
+        return PassMemory(**extended, heap=heap, reducing=max(reducing, 0))
 
 
 def trace_pass(
@@ -188,6 +200,25 @@ def trace_pass(
         packed: texts end to end instead of as rows.
         block: see `Allocations`.
     """
+
+    def run(factors: Any) -> Tensor:
+        return states(base, factors, pairs, tokens, packed)
+
+    return trace_job(base, hypernetwork, pairs, run, block=block)
+
+
+def trace_job(
+    base: AdaptedModel,
+    hypernetwork: Hypernetwork,
+    conditions: int,
+    run: Callable[[Any], Any],
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    block: int = 0,
+) -> PassMemory:
+    """A training pass: the hypernetwork on so many conditions, `run(factors)`, `loss(what it gave, factors)`, backward.
+
+    Without a loss the backward pass starts from what was run. Other arguments as for `trace_pass`.
+    """
     memory = Allocations(block=block)
     handles = [
         parameter.register_post_accumulate_grad_hook(memory.take_gradient) for parameter in hypernetwork.parameters()
@@ -196,14 +227,17 @@ def trace_pass(
     try:
         with memory, _attention_fused(), _weights_apart(base, memory):
             with memory.counting(FACTORS):
-                conditions = torch.zeros(pairs, hypernetwork.condition_size, device=device)
-                factors = hypernetwork(conditions)
-            states = _states(base, factors, pairs, tokens, packed)
-            forward, kept = memory.restart(), dict(memory.live)
+                factors = hypernetwork(torch.zeros(conditions, hypernetwork.condition_size, device=device))
+            generated = dict(memory.peak)
+            out = run(factors)
+            forward, kept = memory.restart(), _without_weights(memory.live)
+            with memory.counting(OBJECTIVE):
+                out = out if loss is None else loss(out, factors)
+            closing = memory.restart()
             del factors
             with memory.counting(GRADIENTS):
-                states.backward(torch.zeros_like(states))
-            return PassMemory(forward, kept, memory.peak, memory.heap, memory.reducing)
+                out.backward(torch.zeros_like(out))
+            return PassMemory(generated, forward, kept, closing, memory.peak, memory.heap, memory.reducing)
     finally:
         for handle in handles:
             handle.remove()
@@ -213,7 +247,7 @@ def trace_bare_pass(base: AdaptedModel, texts: int, tokens: int) -> int:
     """Peak bytes of one pass of the bare base without gradients, as frozen targets are computed."""
     memory = Allocations()
     with memory, _attention_fused(), _weights_apart(base, memory), torch.no_grad():
-        _states(base, None, texts, tokens, packed=False)
+        states(base, None, texts, tokens, packed=False)
     return _counted(memory.peak)
 
 
@@ -243,15 +277,25 @@ def trace_objective(objective: AlignmentObjective, tokens: int, width: int) -> i
     return math.ceil(trace_call(run) * (needed / count) ** 2)
 
 
-def _states(base: AdaptedModel, factors: Any, pairs: int, tokens: int, packed: bool) -> Tensor:
+def states(
+    base: AdaptedModel,
+    factors: Any,
+    texts: int,
+    tokens: int,
+    packed: bool,
+    adapted: Segments | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """States (B, T, D) or packed (B * T, D) of texts of equal length; see `AdaptedModel` for the other arguments."""
     device = next(base.parameters()).device
     if packed:
-        ids = torch.zeros(pairs * tokens, dtype=torch.int64, device=device)
-        return base.packed_hidden_states(ids, Segments.equal(pairs, tokens), factors)
-    ids = torch.zeros(pairs, tokens, dtype=torch.int64, device=device)
+        ids = torch.zeros(texts * tokens, dtype=torch.int64, device=device)
+        noise = None if noise is None else noise.flatten(0, 1).clone()
+        return base.packed_hidden_states(ids, Segments.equal(texts, tokens), factors, adapted=adapted, noise=noise)
+    ids = torch.zeros(texts, tokens, dtype=torch.int64, device=device)
     mask = torch.ones_like(ids)
     mask[:, -1] = 0  # texts of several lengths: attention then needs a mask
-    return base.hidden_states(ids, mask, factors)
+    return base.hidden_states(ids, mask, factors, noise=noise)
 
 
 @contextmanager

@@ -22,12 +22,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from hl_scale.base import AdaptedModel
 from hl_scale.config import Config, Zero3Config
 from hl_scale.data.sampling import plan_batches
-from hl_scale.hypernetwork import Hypernetwork
-from hl_scale.planning.outline import outline
-from hl_scale.planning.tracing import trace_pass
+from hl_scale.planning.jobs import Job
 
 BASE_FORWARD = "base gathered for forward"
 BASE_BACKWARD = "base gathered for backward"
@@ -68,14 +65,13 @@ def plan_wire(config: Config, world_size: int, *, tokens: int | None = None) -> 
     accumulation = plan_batches(
         config.training.global_batch_size, config.training.micro_batch_size, world_size
     ).accumulation
-    base, hypernetwork = outline(config)
-    trained = list(hypernetwork.parameters())
+    job = Job(config)
+    trained = list(job.hypernetwork.parameters())
     frozen: list[nn.Parameter] = []
-    if config.base.placement == "zero3":
-        base.gather_shared_inputs()
-        frozen = list(base.parameters())
-    length = min(tokens or config.data.maximum_tokens, base.context_length)
-    events = record_pass(base, hypernetwork, bool(frozen), length, config.training.packed)
+    if job.partitioned:
+        job.base.gather_shared_inputs()
+        frozen = list(job.base.parameters())
+    events = record_pass(job, job.length(tokens))
     gathers = _Coordinator(config.zero3, world_size, [*trained, *frozen])
     for _ in range(2):  # the second step finds what the first one left
         counted = gathers.step(events, accumulation)
@@ -100,14 +96,23 @@ def part_bytes(parameter: nn.Parameter, world_size: int) -> int:
     return -(-parameter.numel() // world_size) * parameter.element_size()
 
 
-def record_pass(
-    base: AdaptedModel, hypernetwork: Hypernetwork, partitioned: bool, tokens: int, packed: bool
-) -> list[Event]:
+def most_gathered(job: Job, world_size: int) -> dict[str, int]:
+    """The most bytes of the hypernetwork that a rank has gathered at once, in the forward and the backward pass."""
+    trained = list(job.hypernetwork.parameters())
+    frozen = list(job.base.parameters()) if job.partitioned else []
+    gathers = _Coordinator(job.config.zero3, world_size, [*trained, *frozen])
+    gathers.sizes = {id(p): p.numel() * p.element_size() for p in trained if id(p) not in gathers.persistent}
+    events = record_pass(job, min(2, job.length(None)))
+    for _ in range(2):
+        gathers.step(events, 1)
+    return {part: gathers.most[part] for part in ("forward", "backward")}
+
+
+def record_pass(job: Job, tokens: int) -> list[Event]:
     """What DeepSpeed's hooks would be told in a pass; modules without parameters of their own change nothing."""
     events: list[Event] = []
-    modules = [*hypernetwork.modules(), *(base.modules() if partitioned else [])]
-    with _hooks([m for m in modules if _own(m)], events):
-        trace_pass(base, hypernetwork, 1, tokens, packed)
+    with _hooks([m for m in job.modules if _own(m)], events):
+        job.trace(1, tokens)
     return events
 
 
@@ -171,6 +176,10 @@ class _Coordinator:
         self.zero3, self.alone = zero3, world_size == 1
         self.persistent = {id(p) for p in parameters if p.numel() <= zero3.parameter_persistence_threshold}
         self.available: set[int] = set()
+        self.sizes: dict[int, int] = {}
+        """Bytes of the parameters that `most` counts."""
+        self.most: Counter[str] = Counter()
+        """The most that was gathered at once, by part of a step."""
 
     def step(self, events: Sequence[Event], passes: int) -> dict[str, Counter[int]]:
         """Run the passes of a step; returns how often each parameter (by id) was gathered in which part of it."""
@@ -186,6 +195,8 @@ class _Coordinator:
         self.available.update(missing)
         if not self.alone:
             self.counted[part].update(missing)
+        gathered = sum(size for key, size in self.sizes.items() if key in self.available)
+        self.most[part] = max(self.most[part], gathered)
 
     def _pass(self, events: Sequence[Event]) -> None:
         self.order = [_own(module) for kind, module, _ in events if kind == "fetch"]

@@ -118,3 +118,30 @@ def test_more_workers_than_devices_mean_several_nodes(tiny_config, tmp_path):
     assert recipe.exceeds_machine(tiny_config(tmp_path, {"cluster.num_workers": 8, "cluster.cpus_per_worker": 1e4}))
     gpus = {"cluster.num_workers": GPUS + 1, "cluster.use_gpu": True, "training.global_batch_size": 8 * (GPUS + 1)}
     assert recipe.exceeds_machine(tiny_config(tmp_path, gpus))
+
+
+def test_a_prepared_task_set_is_ok_and_a_missing_one_is_a_problem(tiny_config, tiny_tasks, tmp_path):
+    finding = recipe.check_corpus(tiny_config(tmp_path / "run", tiny_tasks))
+    assert finding.status == "ok" and "3 tasks to train on and 1 held out" in finding.found
+    data = {**tiny_tasks["data"], "directory": str(tmp_path / "nowhere")}
+    finding = recipe.check_corpus(tiny_config(tmp_path / "run", {**tiny_tasks, "data": data}))
+    assert finding.status == "problem" and "hl-scale prepare" in finding.fix
+
+
+def test_an_encoder_is_looked_for_without_being_loaded(tiny_config, tiny_tasks, tmp_path):
+    def found(encoder):
+        config = tiny_config(tmp_path / "run", {**tiny_tasks, "conditions": {"encoder": encoder}})
+        return list(recipe.check_encoder(config)), recipe.check_base(config)
+
+    assert found("base")[0] == []
+    (finding,), _ = found("package:all-minilm-l6-v2")
+    assert finding.status == "ok" and "384" in finding.found
+    (finding,), (base, size) = found(str(tmp_path / "nowhere"))
+    assert finding.status == "problem" and finding.fix and base.status == "ok" and size is None
+
+
+def test_a_library_that_is_missing_is_a_problem(tiny_config, tiny_tasks, tmp_path):
+    assert list(recipe.check_library(tiny_config(tmp_path / "run", tiny_tasks))) == []
+    objective = {"kind": "reconstruction", "library": str(tmp_path / "library")}
+    (finding,) = recipe.check_library(tiny_config(tmp_path / "run", {**tiny_tasks, "objective": objective}))
+    assert finding.status == "problem" and "objective.library" in finding.fix

@@ -11,6 +11,7 @@ from hl_scale.config import BaseModelConfig, HypernetworkConfig, LoraConfig
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.planning import plan_step
 from hl_scale.planning.step_time import count_flops, measure_matmul
+from hl_scale.planning.tracing import trace_pass
 
 PAIRS, TOKENS, RANK = 2, 32, 4
 LORA = LoraConfig(rank=RANK, target_modules=("q_proj", "v_proj", "down_proj"))
@@ -39,7 +40,7 @@ def test_products_of_a_pass_are_those_of_its_layers(recomputed, packed):
     first = sum(layer.in_features * layer.out_features for layer in layers[:3])
     backward = 2 * tokens * (weights - first + 2 * low_rank) + 2.5 * attention
     expected = (2 if recomputed else 1) * forward + backward + 3 * 2 * PAIRS * generated
-    ours = count_flops(base, network, PAIRS, TOKENS, packed)
+    ours = count_flops(lambda: trace_pass(base, network, PAIRS, TOKENS, packed))
     assert ours == pytest.approx(expected, rel=0.02)
 
 
