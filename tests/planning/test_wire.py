@@ -32,7 +32,7 @@ SCENARIOS = {
             "kind": "text_to_lora", "size": "S", "latent_width": 16, "head_width": 32, "generate_per_block": True,
         },
     },
-    "answers of tasks": {**ZERO3, "zero3.maximum_reuse_distance": 0},
+    "answers of tasks": {**ZERO3, "zero3.maximum_reuse_distance": 0, "zero3.prefetch_bucket_size": 0},
 }  # fmt: skip
 TASKS = {"answers of tasks"}
 
