@@ -4,7 +4,8 @@ How often ZeRO-3 gathers a parameter follows from the order in which modules run
 with DeepSpeed's hooks in their places, and DeepSpeed's rules (`PartitionedParameterCoordinator`) are applied to what
 they see: a parameter is gathered when a module that owns it runs, stays while it is small or needed again soon, and is
 gathered ahead where there is room. Counted is a step whose order DeepSpeed knows, from the second on. (A tiled MLP is
-one module in that order, however many tiles it runs.)
+one module in that order, however many tiles it runs. An output layer that is tied to the embeddings may be counted once
+too often: with prefetching, DeepSpeed was seen to keep it from the loss to the loss's backward pass.)
 
 Sizes are those of rings, the least that an all-gather or a reduce-scatter over W ranks can send: (W - 1) / W of the
 whole; an all-reduce sends twice that.

@@ -9,6 +9,7 @@ import pytest
 
 from hl_scale.config import load_config
 from hl_scale.data.corpus import load_corpus
+from hl_scale.data.tasks import prepare_tasks
 from hl_scale.planning import plan_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,3 +42,16 @@ def test_peak_memory_is_within_a_tenth_of_the_plan(ranks, placement, rank, launc
     measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_bytes"]
     config = load_config(RECIPE, overrides)
     assert measured == pytest.approx(plan_memory(config, ranks, tokens=longest_text(config)).peak, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_peak_memory_of_a_run_on_tasks_is_within_a_tenth_of_the_plan(ranks, launch, tmp_path):
+    overrides = [f"data.directory={tmp_path / 'tasks'}", f"run.directory={tmp_path / 'run'}"]
+    config = load_config(ROOT / "configs" / "t2l_shape_cpu.yaml", overrides)
+    prepare_tasks(config.tasks)
+    done = launch(ROOT / "launch" / "train.py", "--config", str(ROOT / "configs" / "t2l_shape_cpu.yaml"), *overrides,
+                  ranks=ranks)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_bytes"]
+    assert measured == pytest.approx(plan_memory(config, ranks, tokens=20).peak, rel=0.1)

@@ -32,11 +32,13 @@ SCENARIOS = {
             "kind": "text_to_lora", "size": "S", "latent_width": 16, "head_width": 32, "generate_per_block": True,
         },
     },
+    "answers of tasks": {**ZERO3, "zero3.maximum_reuse_distance": 0, "zero3.prefetch_bucket_size": 0},
 }  # fmt: skip
+TASKS = {"answers of tasks"}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def logged(request, tiny_config, write_yaml, launch, tmp_path_factory):
+def logged(request, tiny_config, tiny_tasks, write_yaml, launch, tmp_path_factory):
     """ranks, configurations, and what DeepSpeed's collectives had sent after each step of each."""
     root, ranks = tmp_path_factory.mktemp("wire"), request.param
     configs = {
@@ -47,6 +49,7 @@ def logged(request, tiny_config, write_yaml, launch, tmp_path_factory):
                 "training.save_every": STEPS,
                 "zero3.log_communication": True,
                 **settings,
+                **(tiny_tasks if name in TASKS else {}),
             },
         )
         for name, settings in SCENARIOS.items()
