@@ -115,6 +115,8 @@ class TaskDataConfig(DataConfig):
     """Task sources, pooled."""
     tasks: tuple[str, ...] = ()
     """Names or globs of the tasks to keep; all unless given."""
+    excluded_tasks: tuple[str, ...] = ()
+    """Names or globs of tasks to leave out of those."""
     heldout_tasks: tuple[str, ...] = ()
     """Names or globs of tasks that are never trained on, beside those that a source itself sets apart."""
     only_task: str | None = None

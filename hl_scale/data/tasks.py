@@ -135,15 +135,18 @@ class PreparedTasks:
 
 
 def select_tasks(tasks: Iterable[Task], data: TaskDataConfig) -> list[Task]:
-    """The tasks of `data.tasks`, those of `data.heldout_tasks` marked as never trained on.
+    """Tasks of `data.tasks` that are not in `data.excluded_tasks`; those of `data.heldout_tasks` marked as not seen.
 
     Raises:
         TaskError: a pattern matches no task.
     """
     found = list(tasks)
     apart = {task.name for task in named_tasks(found, data.heldout_tasks, "data.heldout_tasks")}
+    excluded = {task.name for task in named_tasks(found, data.excluded_tasks, "data.excluded_tasks")}
     kept = named_tasks(found, data.tasks, "data.tasks") if data.tasks else found
-    return [replace(task, seen=False) if task.name in apart else task for task in kept]
+    return [
+        replace(task, seen=False) if task.name in apart else task for task in kept if task.name not in excluded
+    ]  # fmt: skip
 
 
 def named_tasks(tasks: Sequence[Task], patterns: Iterable[str], setting: str) -> list[Task]:

@@ -36,8 +36,8 @@ _MAY_CHANGE = {
     "training.loggers",
 }  # fmt: skip
 _TASK_PREPARATION = {
-    "data.sources", "data.tasks", "data.heldout_tasks", "data.training_examples", "data.test_examples",
-    "data.heldout_descriptions", "data.seed", "data.rows_per_shard",
+    "data.sources", "data.tasks", "data.excluded_tasks", "data.heldout_tasks", "data.training_examples",
+    "data.test_examples", "data.heldout_descriptions", "data.seed", "data.rows_per_shard",
 }  # fmt: skip
 
 

@@ -58,10 +58,12 @@ def test_no_test_input_is_trained_on_even_if_it_comes_twice(prepare: Any) -> Non
     assert not {example.input for example in task.train} & {example.input for example in task.test}
 
 
-def test_held_out_tasks_are_named_by_globs(prepare: Any) -> None:
+def test_tasks_are_held_out_kept_and_excluded_by_globs(prepare: Any) -> None:
     tasks = prepare(line("sort.up"), line("sort.down"), line("copy"), heldout_tasks=["sort.d*"]).tasks
     assert [task.name for task in tasks.heldout] == ["sort.down"]
     assert [task.name for task in prepare(line("a"), line("b"), tasks=["b"]).tasks.tasks] == ["b"]
+    lines = line("b.one"), line("b.two"), line("c")
+    assert [t.name for t in prepare(*lines, tasks=["b*"], excluded_tasks=["b.o*"]).tasks.tasks] == ["b.two"]
     with pytest.raises(TaskError, match="no task is called"):
         prepare(line("a"), heldout_tasks=["z*"])
 
