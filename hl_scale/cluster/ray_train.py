@@ -42,7 +42,10 @@ def train_on_ray(config: Config) -> dict[str, Any]:
                 f"this Ray cluster has {len(nodes)} nodes but cluster.storage_path is not set\n"
                 "  fix: set cluster.storage_path, run.directory and data.directory to storage that every node mounts"
             )
-        refuse_job_paths({"run.directory": config.run.directory, "data.directory": config.data.directory})
+        paths = {"run.directory": config.run.directory, "data.directory": config.data.directory}
+        if config.objective.kind == "reconstruction":
+            paths["objective.library"] = config.objective.library
+        refuse_job_paths(paths)
         config = with_absolute_paths(config)
         storage = cluster.storage_path or str(Path(config.run.directory).parent)
         trainer = TorchTrainer(

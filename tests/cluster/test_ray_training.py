@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from hl_scale.cluster.session import with_absolute_paths
+from hl_scale.config import load_config
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "ray_train.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "ray_train.py"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture
@@ -58,3 +61,15 @@ def test_paths_become_absolute_because_workers_run_elsewhere(tiny_config, tmp_pa
     assert absolute.data.directory == str(tmp_path / "data/y")
     assert absolute.base.model == str(tmp_path / "model")
     assert with_absolute_paths(tiny_config(Path("r"), {"base.model": "org/name"})).base.model == "org/name"
+
+
+def test_paths_of_an_encoder_and_a_library_become_absolute_and_ids_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    overrides = ["objective.library=libraries/x", "conditions.encoder=encoder"]
+    absolute = with_absolute_paths(load_config(CONFIGS / "reconstruct_gemma270m_cpu.yaml", overrides))
+    assert absolute.reconstruction.library == str(tmp_path / "libraries/x")
+    assert absolute.conditions.encoder == str(tmp_path / "encoder")
+    absolute = with_absolute_paths(load_config(CONFIGS / "t2l_gemma270m_cpu.yaml"))
+    assert absolute.conditions.encoder == "package:all-minilm-l6-v2"
+    assert absolute.base.model == "package:gemma3-270m"
