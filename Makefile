@@ -15,7 +15,11 @@ FULL_RUN := runs/gemma270m
 FULL_PLAIN := runs/gemma270m-plain-lora
 PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
 
-.PHONY: setup demo results test test-slow test-gpu test-faults lint format bench clean
+# Text-to-LoRA and its controls: an hour for each training, two for the one that reads descriptions.
+T2L := configs/t2l_gemma270m_cpu.yaml
+T2L_RUN := runs/t2l-gemma270m
+
+.PHONY: setup demo results results-t2l test test-slow test-gpu test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -42,6 +46,14 @@ results: $(READY)
 	$(DEEPSPEED) launch/train.py --config $(RECIPE) run.directory=$(FULL_RUN)
 	$(DEEPSPEED) launch/train.py --config $(RECIPE) run.directory=$(FULL_PLAIN) $(PLAIN)
 	$(BIN)/hl-scale evaluate $(FULL_RUN) --control $(FULL_PLAIN)
+
+results-t2l: $(READY)
+	$(BIN)/hl-scale prepare $(T2L)
+	$(DEEPSPEED) launch/train.py --config $(T2L) run.directory=$(T2L_RUN)
+	$(DEEPSPEED) launch/train.py --config $(T2L) run.directory=$(T2L_RUN)-lora hypernetwork.kind=plain_lora
+	$(DEEPSPEED) launch/train.py --config $(T2L) run.directory=$(T2L_RUN)-prompted hypernetwork.kind=plain_lora \
+	  data.description_in_prompt=true
+	$(BIN)/hl-scale evaluate $(T2L_RUN) --control $(T2L_RUN)-lora --prompted $(T2L_RUN)-prompted
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -145,6 +145,17 @@ def test_environment_variables_without_a_section_are_not_keys(path: Path) -> Non
     assert load_config(path, environment={"HL_SCALE_RESOURCES": "/somewhere"}).lora.rank == 8
 
 
+def test_one_file_serves_for_a_run_and_for_a_control_of_another_kind() -> None:
+    file = next(path for path in CONFIGS if path.name == "t2l_gemma270m_cpu.yaml")
+    assert "head_width" in file.read_text(encoding="utf-8")
+    control = load_config(file, ["hypernetwork.kind=plain_lora"], {})
+    assert control.hypernetwork.kind == "plain_lora" and control.training == load_config(file, (), {}).training
+    with pytest.raises(ConfigError, match=r"hypernetwork\.head_width = 3"):
+        load_config(file, ["hypernetwork.head_width=3", "hypernetwork.kind=plain_lora"], {})
+    with pytest.raises(ConfigError, match="text_to_lora"):
+        load_config(file, ["hypernetwork.kind=nothing"], {})
+
+
 def test_overrides_are_yaml_values(path: Path) -> None:
     config = load_config(
         path, ["training.learning_rate=2e-3", "lora.target_modules=[a, b]", "cluster.num_workers=[1, 2]"], {}

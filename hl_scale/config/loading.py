@@ -2,7 +2,8 @@
 
 Precedence, lowest first: the defaults of the sections, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment
 variables, ``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are
-reported at once.
+reported at once. A variable or argument that gives a section another `kind` takes the file's keys that this kind has not
+out of it, so that one file serves for a run and its control.
 """
 
 from __future__ import annotations
@@ -51,13 +52,17 @@ def load_config(
         raise ConfigError(f"{path} is not valid YAML:\n  {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
-    for keys, value in _environment_overrides(os.environ if environment is None else environment):
-        _assign(tree, keys, value)
+    assignments = _environment_overrides(os.environ if environment is None else environment)
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or "." not in key:
             raise ConfigError(f"override {item!r} is not of the form section.key=value")
-        _assign(tree, key.split("."), _parse_value(text, f"override {item!r}"))
+        assignments.append((key.split("."), _parse_value(text, f"override {item!r}")))
+    for keys, value in assignments:
+        if keys[1:] == ["kind"]:
+            _leave_out_other_kinds(tree, keys[0], value)
+    for keys, value in assignments:
+        _assign(tree, keys, value)
     return parse_config(tree, source=str(path))
 
 
@@ -88,6 +93,16 @@ def _parse_value(text: str, source: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} does not hold a YAML value:\n  {error}\n  fix: quote or complete it") from None
+
+
+def _leave_out_other_kinds(tree: dict[str, Any], name: str, kind: Any) -> None:
+    """Remove the keys of a section that its new kind has not; a kind that does not exist is refused later."""
+    field, section = Config.model_fields.get(name), tree.get(name)
+    if field is None or not isinstance(section, dict):
+        return
+    for candidate in _kinds(field.annotation).values():
+        if kind in typing.get_args(candidate.model_fields["kind"].annotation):
+            tree[name] = {key: value for key, value in section.items() if key in candidate.model_fields}
 
 
 def _assign(tree: dict[str, Any], keys: typing.Sequence[str], value: Any) -> None:
