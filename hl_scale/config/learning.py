@@ -59,8 +59,8 @@ class TextToLoraConfig(Section):
 
 
 def _hypernetwork_kind(value: Any) -> str:
-    kind = value.get("kind") if isinstance(value, dict) else value.kind
-    return "text_to_lora" if kind == "text_to_lora" else "hyperlora"
+    kind = value.get("kind", "hyperlora") if isinstance(value, dict) else value.kind
+    return "hyperlora" if kind in ("hyperlora.paper", "plain_lora") else str(kind)
 
 
 AnyHypernetworkConfig = Annotated[

@@ -2,8 +2,8 @@
 
 Precedence, lowest first: the defaults of the sections, the YAML file, ``HL_SCALE_<SECTION>__<KEY>`` environment
 variables, ``section.key=value`` arguments. Unknown keys are refused with the nearest known name, and all errors are
-reported at once. A variable or argument that gives a section another `kind` takes the file's keys that this kind has not
-out of it, so that one file serves for a run and its control.
+reported at once. A variable or argument that gives a section another `kind` leaves out what the file says of keys that
+this kind has not, so that one file serves for a run and its control.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def _fix(problem: Any) -> str:
     if problem["type"] == "literal_error":
         return f"use one of {problem['ctx']['expected']}"
     if problem["type"] == "union_tag_invalid":
-        return f"use a kind of {problem['ctx']['expected_tags']}"
+        kinds = _kinds(Config.model_fields[str(location[0])].annotation).values()
+        names = (name for kind in kinds for name in typing.get_args(kind.model_fields["kind"].annotation))
+        return f"use one of {', '.join(map(repr, names))}"
     for end in range(len(location), 0, -1):  # an element of a tuple or a branch of a union has its field's help
         field = _fields_at(location[: end - 1]).get(str(location[end - 1]))
         if field is not None and field.description:
