@@ -145,6 +145,7 @@ def evaluate(
         Path | None, typer.Option(help="tasks: run of kind plain_lora with data.description_in_prompt")
     ] = None,
     library: Annotated[Path | None, typer.Option(help="tasks: folder with a PEFT LoRA for each task")] = None,
+    tasks: Annotated[str | None, typer.Option(help="tasks: names or globs, for example 'words.*,number.*'")] = None,
     arms: Annotated[str | None, typer.Option(help="tasks: which to run, for example own,other,base")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="tasks: test examples per task; all unless given")] = None,
     sentences: Annotated[int | None, typer.Option(help="dialects: held-out sentences; all unless given")] = None,
@@ -156,8 +157,8 @@ def evaluate(
     from hl_scale.evaluation.command import Request
 
     loaded = _load(run, step, device)
-    names = None if arms is None else arms.replace(" ", "").split(",")
-    request = Request(control, prompted, library, names, examples, sentences)
+    named, chosen = (None if text is None else text.replace(" ", "").split(",") for text in (tasks, arms))
+    request = Request(control, prompted, library, named, chosen, examples, sentences)
     done = evaluate_run(loaded, request, lambda directory: _load(directory, None, device, loaded.base))
     # A table is wider than a pipe's 80 columns.
     Console(width=None if sys.stdout.isatty() else 200).print(done.table)

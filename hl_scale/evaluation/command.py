@@ -13,7 +13,7 @@ from hl_scale.config import parse_config
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.durable import write_text
 from hl_scale.data.library import Library
-from hl_scale.data.tasks import open_tasks
+from hl_scale.data.tasks import named_tasks, open_tasks
 from hl_scale.engine.run import LoadedRun
 from hl_scale.evaluation import steering_tables, tables
 from hl_scale.evaluation.dialects import evaluate_dialects, save
@@ -29,6 +29,7 @@ class Request:
     control: Path | None = None
     prompted: Path | None = None
     library: Path | None = None
+    tasks: Sequence[str] | None = None
     arms: Sequence[str] | None = None
     examples: int | None = None
     sentences: int | None = None
@@ -43,7 +44,7 @@ class Evaluated:
     report: Path
 
 
-_FOR_TASKS = ("prompted", "library", "arms", "examples")
+_FOR_TASKS = ("prompted", "library", "tasks", "arms", "examples")
 
 
 def evaluate_run(run: LoadedRun, request: Request, load: Callable[[Path], LoadedRun]) -> Evaluated:
@@ -85,21 +86,34 @@ def _tasks(
     run: LoadedRun, request: Request, control: LoadedRun | None, load: Callable[[Path], LoadedRun]
 ) -> dict[str, Any]:
     tasks = open_tasks(run.config.tasks)
-    library = None
-    if request.library is not None:
-        library = Library(request.library, run.base.slots, [task.name for task in tasks.tasks])
-        if library.base_fingerprint not in (None, run.base.fingerprint):
-            raise EvaluationError(
-                f"the adapters of {request.library} were trained on another base "
-                f"({str(library.base_fingerprint)[:12]} instead of {run.base.fingerprint[:12]})\n"
-                "  fix: train the library with the same base section"
-            )
+    only = request.tasks
+    library = None if request.library is None else _library(run, request.library)
+    if library is not None and run.config.objective.kind == "reconstruction" and only is None:
+        only = [task.name for task in tasks.tasks if task.name in library.names]
+    asked = tasks.tasks if only is None else named_tasks(tasks.tasks, only, "--tasks")
+    missing = [task.name for task in asked if library is not None and task.name not in library.names]
+    if missing:
+        raise EvaluationError(
+            f"{request.library} has no adapter for {', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}\n"
+            "  fix: train them (`hl-scale library`), or name with --tasks the tasks that it has adapters for"
+        )
     return evaluate_tasks(
         run,
         tasks,
         lora=control,
         prompted=None if request.prompted is None else load(request.prompted),
         library=library,
+        only=only,
         arms=request.arms,
         examples=request.examples,
     )
+
+
+def _library(run: LoadedRun, directory: Path) -> Library:
+    library = Library(directory, run.base.slots)
+    if library.base_fingerprint not in (None, run.base.fingerprint):
+        raise EvaluationError(
+            f"the adapters of {directory} were trained on base {str(library.base_fingerprint)[:12]} instead of "
+            f"{run.base.fingerprint[:12]}\n  fix: train the library with the same base section"
+        )
+    return library

@@ -178,6 +178,27 @@ class TaskBootstrap:
         Raises:
             ValueError: sizes differ from those given, or a value is not finite.
         """
+        value, resampled = self._means(values)
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return Estimate(value, float(low), float(high), self.samples)
+
+    def ratio(self, numerator: Sequence[npt.ArrayLike], denominator: Sequence[npt.ArrayLike]) -> Estimate | None:
+        """`mean` of the numerator over that of the denominator; None unless the latter is positive.
+
+        Resamples whose denominator is not positive are left out.
+
+        Raises:
+            ValueError: as for `mean`.
+        """
+        (top, tops), (bottom, bottoms) = self._means(numerator), self._means(denominator)
+        if bottom <= 0:
+            return None
+        ratios = tops[bottoms > 0] / bottoms[bottoms > 0]
+        low, high = np.percentile(ratios, [2.5, 97.5])
+        return Estimate(top / bottom, float(low), float(high), len(ratios))
+
+    def _means(self, values: Sequence[npt.ArrayLike]) -> tuple[float, Array]:
+        """The mean, and that of every resample (S,)."""
         rows = [np.asarray(part, dtype=np.float64) for part in values]
         if tuple(len(row) for row in rows) != self.sizes:
             raise ValueError(f"expected {self.sizes} values per task, got {tuple(len(row) for row in rows)}")
@@ -186,6 +207,4 @@ class TaskBootstrap:
         resampled = np.zeros(self.samples)
         for row, places, counts in zip(rows, self._places, self._counts, strict=True):
             np.add.at(resampled, places, counts @ row / len(row))
-        resampled /= len(rows)
-        low, high = np.percentile(resampled, [2.5, 97.5])
-        return Estimate(float(np.mean([row.mean() for row in rows])), float(low), float(high), self.samples)
+        return float(np.mean([row.mean() for row in rows])), resampled / len(rows)

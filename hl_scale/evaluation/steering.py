@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hl_scale.data.tasks import TaskSet
+from hl_scale.data.tasks import TaskSet, named_tasks
 from hl_scale.engine.conditions import DescriptionConditions, OneHotConditions
 from hl_scale.engine.run import LoadedRun, environment
 from hl_scale.engine.supervised import PromptFormat
@@ -59,6 +60,7 @@ def evaluate_tasks(
     lora: LoadedRun | None = None,
     prompted: LoadedRun | None = None,
     library: AdapterLibrary | None = None,
+    only: Sequence[str] | None = None,
     arms: Sequence[str] | None = None,
     examples: int | None = None,
     progress: bool = True,
@@ -71,6 +73,7 @@ def evaluate_tasks(
         lora: a run of kind ``plain_lora`` on the same base and tasks.
         prompted: the same, trained with ``data.description_in_prompt``.
         library: LoRAs trained on each task alone.
+        only: names or globs of the tasks that are asked; all unless given.
         arms: names of the arms to run; all that are possible unless given. `own` always runs.
         examples: the first so many test examples of each task; all unless given.
         progress: show a progress bar.
@@ -91,7 +94,8 @@ def evaluate_tasks(
     _check_control(run, prompted, "--prompted", described=True)
     conditions = run.conditions
     assert isinstance(conditions, DescriptionConditions | OneHotConditions)
-    trials = make_trials(tasks, examples, one_hot=isinstance(conditions, OneHotConditions))
+    asked = tasks if only is None else replace(tasks, tasks=tuple(named_tasks(tasks.tasks, only, "--tasks")))
+    trials = make_trials(asked, examples, one_hot=isinstance(conditions, OneHotConditions))
     text = PromptFormat(run.base.tokenizer, run.config.tasks, run.base.context_length)
     vectors = TrialVectors(conditions, trials, settings.seed)
     possible = make_arms(run, text, vectors, lora=lora, prompted=prompted, library=library)
@@ -107,7 +111,7 @@ def evaluate_tasks(
         "evaluation": "tasks",
         "format": 1,
         "examples": {"used": len({(t.task.name, t.number) for t in trials}), "available": _available(tasks)},
-        "reduced": _reductions(run, examples, tasks, [name for name in possible if name not in chosen]),
+        "reduced": _reductions(run, examples, tasks, asked, [name for name in possible if name not in chosen]),
         "warnings": _warnings(groups, dependence),
         "arms": {name: ARMS[name] for name in chosen},
         "group_meanings": {group: GROUPS[group] for group in groups},
@@ -206,10 +210,14 @@ def _warnings(groups: dict[str, Any], dependence: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _reductions(run: LoadedRun, examples: int | None, tasks: TaskSet, left_out: Sequence[str]) -> list[str]:
+def _reductions(
+    run: LoadedRun, examples: int | None, tasks: TaskSet, asked: TaskSet, left_out: Sequence[str]
+) -> list[str]:
     """In what this evaluation is smaller than the run's own recipe; empty for a full one."""
     reductions = []
-    longest = max(len(task.test) for task in tasks.tasks)
+    if len(asked.tasks) < len(tasks.tasks):
+        reductions.append(f"{len(asked.tasks)} of {len(tasks.tasks)} tasks")
+    longest = max(len(task.test) for task in asked.tasks)
     if examples is not None and examples < longest:
         reductions.append(f"{examples} of {longest} test examples per task")
     if run.step < run.config.training.steps:

@@ -14,7 +14,7 @@ from hl_scale.config import EvaluationConfig
 from hl_scale.data.checkers import check
 from hl_scale.data.tasks import TaskSet
 from hl_scale.evaluation.answers import Answer
-from hl_scale.evaluation.arms import OTHER, OWN
+from hl_scale.evaluation.arms import BASE, LIBRARY, OTHER, OWN
 from hl_scale.evaluation.statistics import TaskBootstrap
 from hl_scale.evaluation.trials import GROUPS, HELDOUT, Trial
 
@@ -48,7 +48,7 @@ def _summary(
     right = {arm: np.array([answer.right for answer in found], np.float64) for arm, found in answers.items()}
     loss = {arm: np.array([answer.loss for answer in found]) for arm, found in answers.items()}
     guessed = np.array([_guess_is_right(trial) for trial in trials], np.float64)
-    return {
+    summary = {
         "tasks": len(parts),
         "examples": len(rows),
         "exact": {arm: estimate(values) for arm, values in right.items()},
@@ -57,6 +57,19 @@ def _summary(
         "margin": {arm: estimate(values - loss[OWN]) for arm, values in loss.items() if arm != OWN},
         "most_frequent_answer": estimate(guessed),
     }
+    if BASE in answers and LIBRARY in answers:
+        gains = {"exact": right, "loss": {arm: -values for arm, values in loss.items()}}
+        summary["recovered"] = {name: _recovered(values, parts, bootstrap) for name, values in gains.items()}
+    return summary
+
+
+def _recovered(
+    values: Mapping[str, Array], parts: Sequence[Sequence[int]], bootstrap: TaskBootstrap
+) -> dict[str, Any] | None:
+    """Of what a task's own LoRA gains over the base, the share that the generated adapter gains; means over tasks."""
+    gained, possible = values[OWN] - values[BASE], values[LIBRARY] - values[BASE]
+    share = bootstrap.ratio([gained[part] for part in parts], [possible[part] for part in parts])
+    return None if share is None else share.to_dict()
 
 
 def _guess_is_right(trial: Trial) -> bool:

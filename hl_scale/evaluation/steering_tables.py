@@ -34,6 +34,7 @@ def render_table(result: Result) -> Group:
     if result["reduced"]:
         title += f"\nREDUCED EVALUATION: {'; '.join(result['reduced'])}"
     shown = [_terminal(_exact_table(result), title), _terminal(_margin_table(result), "Margin (nats per answer token)")]
+    shown += [_terminal(table, "Share of the gain of each task's own LoRA (%)") for table in _recovered_tables(result)]
     warnings = [Text(text, style="bold yellow") for text in result["warnings"]]
     return Group(*shown, *(Text(line, style="dim") for line in (LEGEND, *lines(result))), *warnings)
 
@@ -62,6 +63,7 @@ def tables(result: Result) -> list[TextTable]:
         _exact_table(result),
         _by_arm(result, "difference", "Exact match of the own adapter minus that of an arm, percentage points", 100),
         _margin_table(result),
+        *_recovered_tables(result),
         _by_arm(result, "loss", "Loss of the right answer, nats per token", 1),
         _task_table(result),
         _copy_table(result),
@@ -80,6 +82,20 @@ def _exact_table(result: Result) -> TextTable:
 
 def _margin_table(result: Result) -> TextTable:
     return _by_arm(result, "margin", "Margin over the own adapter, nats per answer token", 1)
+
+
+def _recovered_tables(result: Result) -> list[TextTable]:
+    """Nothing where there is no library."""
+    found = columns(result)
+    parts = [result["groups"][group][kind].get("recovered") for group, kind in found]
+    if not parts or parts[0] is None:
+        return []
+    rows = [
+        [label, *("-" if part[key] is None else _cell(part[key], 100) for part in parts)]
+        for key, label in (("exact", "exact match"), ("loss", "loss"))
+    ]
+    caption = "Gain over the base of each task's own LoRA, mean over tasks, that the generated adapter recovers (%)"
+    return [TextTable(caption, ["gain in", *(f"{group}, {kind}" for group, kind in found)], rows)]
 
 
 def _by_arm(result: Result, key: str, caption: str, factor: int) -> TextTable:

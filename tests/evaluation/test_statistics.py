@@ -156,3 +156,25 @@ def test_a_task_bootstrap_refuses_values_that_do_not_fit():
         TaskBootstrap([2, 2], samples=100).mean([[1.0], [1.0, 2.0]])
     with pytest.raises(ValueError, match="not finite"):
         TaskBootstrap([1, 1], samples=100).mean([[1.0], [np.nan]])
+
+
+def test_a_ratio_of_task_means_has_the_paired_interval_of_scipy():
+    rng = np.random.default_rng(2)
+    possible = rng.gamma(4.0, 1.0, size=60)
+    gained = 0.8 * possible + 0.3 * rng.normal(size=60)
+    ours = TaskBootstrap([1] * 60, samples=20_000).ratio(gained[:, None], possible[:, None])
+    theirs = scipy.stats.bootstrap(
+        (gained, possible),
+        lambda a, b, axis=-1: a.mean(axis=axis) / b.mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=20_000,
+        rng=np.random.default_rng(6),
+    ).confidence_interval
+    assert ours is not None and ours.value == pytest.approx(gained.mean() / possible.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.004)
+
+
+def test_a_ratio_of_task_means_is_undefined_without_a_positive_denominator():
+    assert TaskBootstrap([1, 1], samples=100).ratio([[1.0], [1.0]], [[-1.0], [1.0]]) is None

@@ -28,6 +28,7 @@ from hl_scale.evaluation.command import Request
 from hl_scale.evaluation.trials import HELDOUT, NEW, TRAINED, make_trials
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.lora import LoraFactors
+from hl_scale.serving import generate_adapter
 
 LETTERS = "abcdef"
 # Pairs of letters are tokens that only the model uses: the tokenizer splits text into characters.
@@ -447,3 +448,33 @@ def test_the_command_writes_the_result_the_tables_and_a_page_with_charts(on_disk
 def test_an_option_of_another_kind_of_data_is_refused(on_disk: LoadedRun, option: str) -> None:
     with pytest.raises(EvaluationError, match=f"--{option} does not apply to a run on tasks"):
         evaluate_run(on_disk, Request(**{option: 3}), lambda path: on_disk)
+
+
+def test_the_recovered_gain_is_that_of_the_own_adapter_over_that_of_the_tasks_lora(
+    make_run: Callable[..., LoadedRun], tasks: TaskSet
+) -> None:
+    trials = [trial for trial in make_trials(tasks) if trial.group == TRAINED and trial.task.answers == "open"]
+    base = [Answer(4.0, False, None) for _ in trials]
+    library = [Answer(1.0, trial.number > 0, None) for trial in trials]  # 3 of 4 right, 3 nats better
+    own = [Answer(2.5, trial.number == 1, None) for trial in trials]  # 1 of 4 right, 1.5 nats better
+    answers = {"own": own, "base": base, "library": library}
+    settings = make_run().config.evaluation
+    recovered = steering_summaries.group_summaries(trials, answers, settings)[TRAINED]["open"]["recovered"]
+    assert recovered["exact"]["value"] == pytest.approx(1 / 3)
+    assert recovered["loss"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5, "resamples": 200})
+    answers["library"] = base
+    recovered = steering_summaries.group_summaries(trials, answers, settings)[TRAINED]["open"]["recovered"]
+    assert recovered == {"exact": None, "loss": None}
+
+
+def test_tasks_of_a_library_are_evaluated_alone_when_named(on_disk: LoadedRun, tmp_path: Path) -> None:
+    description = task_set(tmp_path).task("first").descriptions[0]
+    for name in ("first", "copy"):
+        generate_adapter(on_disk, f"description:{description}", tmp_path / "library" / name)
+    request = Request(library=tmp_path / "library", arms=["own", "base", "library"])
+    with pytest.raises(EvaluationError, match="has no adapter for last, has_a, back"):
+        evaluate_run(on_disk, request, lambda path: on_disk)
+    done = evaluate_run(on_disk, replace(request, tasks=["fir*", "copy"]), lambda path: on_disk)
+    assert {row["task"] for row in done.result["tasks"]} == {"first", "copy"}
+    assert "2 of 6 tasks" in done.result["reduced"]
+    assert "that the generated adapter recovers" in (on_disk.directory / "evaluation.md").read_text()
