@@ -32,6 +32,7 @@ Condition = Annotated[
     str, typer.Option("--condition", help='"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1})')
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU unless there is none")]
+_ENGINES = ("peft", "vllm", "sglang", "lorax", "llamacpp")
 Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
 
 
@@ -170,6 +171,9 @@ def generate(
     run: RunPath,
     condition: Condition,
     out: Annotated[Path, typer.Option(help="directory to write")],
+    profile: Annotated[
+        str, typer.Option(help="plain, or portable: rank and scale that every engine accepts")
+    ] = "plain",
     step: Step = None,
     device: Device = None,
     force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
@@ -177,7 +181,33 @@ def generate(
     """Write the adapter of one condition as a PEFT directory."""
     from hl_scale.serving import generate_adapter
 
-    print(f"adapter: {generate_adapter(_load(run, step, device), condition, out, force=force)}")
+    _choose("--profile", profile, ("plain", "portable"))
+    loaded: Any = _load(run, step, device)
+    print(f"adapter: {generate_adapter(loaded, condition, out, profile=profile, force=force)}")  # type: ignore[arg-type]
+
+
+@app.command()
+def check(
+    adapter: Annotated[Path, typer.Argument(help="PEFT directory, of whatever origin")],
+    engines: Annotated[str, typer.Option(help="of peft, vllm, sglang, lorax and llamacpp")] = ",".join(_ENGINES),
+    base: Annotated[str | None, typer.Option(help="name or directory of the base it must be for")] = None,
+) -> None:
+    """Is an adapter whole, and what do engines make of it? Needs none of them; status 1 if one would refuse it."""
+    from hl_scale.serving.engines import check_engines
+    from hl_scale.serving.validation import validate_adapter
+
+    names = engines.replace(" ", "").split(",")
+    facts = validate_adapter(adapter, base_model_name_or_path=base)
+    findings = list(check_engines(facts, names))
+    print(f"{adapter}: whole and finite, {len(facts.slots)} layers, rank {facts.rank}, scale {facts.scale:g}")
+    for name in names:
+        own = [finding for finding in findings if finding.engine == name]
+        verdict = "no" if any(finding.kind == "problem" for finding in own) else "yes"
+        print(f"{name:9} {verdict}")
+        for finding in own:
+            print(f"          {finding.kind}: {finding.text}  [{finding.source}]")
+    if any(finding.kind == "problem" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -273,6 +303,11 @@ def bench(
 def schema() -> None:
     """Print the JSON schema of a configuration, with the help text of every key."""
     print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option} {value} is not one of {', '.join(choices)}")
 
 
 def _load(directory: Path, step: int | None, device: str | None, base: AdaptedModel | None = None) -> LoadedRun:

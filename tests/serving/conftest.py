@@ -132,6 +132,7 @@ def make_run(tmp_path):
             conditions=TypologyConditions(),
             step=10,
             directory=str(tmp_path / "runs" / "tiny"),
+            data_fingerprint="d" * 64,
         )
 
     return make
