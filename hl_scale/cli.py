@@ -182,8 +182,8 @@ def generate(
     from hl_scale.serving import generate_adapter
 
     _choose("--profile", profile, ("plain", "portable"))
-    loaded: Any = _load(run, step, device)
-    print(f"adapter: {generate_adapter(loaded, condition, out, profile=profile, force=force)}")  # type: ignore[arg-type]
+    written = generate_adapter(_load(run, step, device), condition, out, profile=profile, force=force)
+    print(f"adapter: {written}")
 
 
 @app.command()
@@ -214,23 +214,34 @@ def check(
 def export(
     run: RunPath,
     condition: Condition,
-    out: Annotated[Path, typer.Option(help="directory to write")],
+    out: Annotated[Path, typer.Option(help="directory to write, or file with --gguf")],
     merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the base, in 16 bits")] = False,
+    merge_base: Annotated[str, typer.Option(help="dequantized, as trained, or the original weights")] = "dequantized",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    gguf: Annotated[bool, typer.Option("--gguf", help="write the adapter for llama.cpp")] = False,
     step: Step = None,
     device: Device = None,
-    force: Annotated[bool, typer.Option(help="replace a checkpoint written earlier")] = False,
+    force: Annotated[bool, typer.Option(help="replace what was written earlier")] = False,
 ) -> None:
-    """Write a merged checkpoint that transformers loads without this package."""
-    from hl_scale.serving import merge_adapter
+    """Write a merged checkpoint that transformers loads without this package, or an adapter for llama.cpp."""
+    if merged == gguf:
+        raise ValueError("export takes one of --merged and --gguf (a PEFT directory is `hl-scale generate`)")
+    if gguf:
+        from hl_scale.serving.gguf_adapter import export_gguf
 
-    if not merged:
-        raise ValueError("export writes merged checkpoints: add --merged (an adapter alone is `hl-scale generate`)")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"--dtype {dtype} is not one of bfloat16, float16, float32")
-    written: Any = merge_adapter(_load(run, step, device), condition, out, dtype=dtype, force=force)  # type: ignore[arg-type]
+        print(f"adapter: {export_gguf(_load(run, step, device), condition, out, force=force)}")
+        return
+    from hl_scale.serving import merge_adapter
+    from hl_scale.serving.original import difference_table
+
+    _choose("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    _choose("--merge-base", merge_base, ("dequantized", "original"))
+    loaded = _load(run, step, device)
+    written: Any = merge_adapter(loaded, condition, out, dtype=dtype, merge_base=merge_base, force=force)
+    if written.differences:
+        Console(width=None if sys.stdout.isatty() else 160).print(difference_table(written.differences))
     print(f"merged checkpoint: {written.directory}")
-    print(f"  check against the run: {written.check}")
+    print(f"  check against base and adapter unmerged: {written.check}")
 
 
 @app.command()

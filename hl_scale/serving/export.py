@@ -261,6 +261,11 @@ def _check(factors: LoraFactors, lora: LoraConfig) -> None:
             f"the factors have scale {factors.scale}, but lora.scale_convention {lora.scale_convention!r} with "
             f"alpha {lora.alpha} and rank {lora.rank} gives {expected}"
         )
+    check_finite(factors)
+
+
+def check_finite(factors: LoraFactors) -> None:
+    """Raise `ExportError` if factors hold NaN or infinity."""
     broken = [
         slot.path
         for slot in factors.slots

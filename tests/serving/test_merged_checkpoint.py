@@ -143,7 +143,7 @@ def test_a_merge_that_does_not_reproduce_the_run_is_not_written(make_run, tmp_pa
     run = make_run("gemma")
     monkeypatch.setattr(
         "hl_scale.serving.merge._merged_weight",
-        lambda linear, factors, scale, dtype, name: lambda: linear.dense_weight(torch.float32).to(dtype),
+        lambda path, linear, factors, scale, dtype, *others: lambda: linear.dense_weight(torch.float32).to(dtype),
     )
     with pytest.raises(ExportError, match="does not reproduce"):
         merge_adapter(run, CONDITION, tmp_path / "merged", progress=False)
