@@ -139,6 +139,12 @@ def make_run(tmp_path):
 
 
 @pytest.fixture
+def build_model():
+    """build_model(architecture) -> a tiny transformers model with random weights."""
+    return lambda architecture: BUILDERS[architecture]()
+
+
+@pytest.fixture
 def dense_twin():
     """dense_twin(base, architecture) -> the plain transformers model with the base's dequantised float32 weights."""
 
