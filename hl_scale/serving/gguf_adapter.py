@@ -9,6 +9,7 @@ src/llama-adapter.cpp of llama.cpp.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping
@@ -61,10 +62,13 @@ def export_gguf(run: LoadedRun, condition: str, file: str | os.PathLike[str], *,
         force: replace a file that hl_scale wrote earlier.
 
     Raises:
-        ExportError: llama.cpp has no adapters for this architecture or these layers, or numbers are not finite.
+        ExportError: the gguf package is missing, llama.cpp has no adapters for this architecture or these layers, or
+            numbers are not finite.
         OutputError: the file exists and may not be replaced.
         ValueError: an unknown condition.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("writing GGUF needs the gguf package\n  fix: pip install 'hl_scale[gguf]'")
     _check_replaceable(Path(file), force=force)
     parsed, factors = generate_factors(run, condition)
     check_finite(factors)

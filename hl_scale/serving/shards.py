@@ -130,4 +130,5 @@ def write_safetensors(
                     f"produced as {tensor.dtype} {tuple(tensor.shape)}"
                 )
             file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next one is produced
             advance(source.nbytes)
