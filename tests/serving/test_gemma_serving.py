@@ -1,8 +1,8 @@
 """The real model: PEFT and transformers give the distributions of the training-time model on Gemma 3 270M in 4 bits.
 
-The key and value layers of this model have a quarter of the query's outputs. Tolerances, as the largest total variation
-distance between next-token distributions over all positions: 1e-4 in float32 (measured: a tenth of that), where the
-adapter itself moves distributions by more than 0.1.
+The key and value layers of this model have a quarter of the query's outputs. Tolerance, as the largest total variation
+distance between next-token distributions over all positions: 2e-5 in float32 (measured: at most 2e-6), where the adapter
+itself moves distributions by 0.25 and more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hl_scale.serving.export import generate_factors
 
 CONDITION = "dialect:Nigerian English"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-TOLERANCE = 1e-4
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def make_run(gemma, tmp_path):
         hypernetwork = build_hypernetwork(gemma.config.hypernetwork, lora, gemma.base.slots, typology.NUM_FEATURES)
         with torch.no_grad():
             for parameter in hypernetwork.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
+                parameter.add_(0.02 * torch.randn_like(parameter))
         config = gemma.config.model_copy(update={"lora": lora})
         return LoadedRun(tmp_path / "run", config, gemma.base, hypernetwork.eval(), TypologyConditions(), 1)
 
