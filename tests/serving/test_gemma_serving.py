@@ -1,8 +1,8 @@
 """The real model: PEFT and transformers give the distributions of the training-time model on Gemma 3 270M in 4 bits.
 
-The key and value layers of this model have a quarter of the query's outputs. Tolerance, as the largest total variation
-distance between next-token distributions over all positions: 2e-5 in float32 (measured: at most 2e-6), where the adapter
-itself moves distributions by 0.25 and more.
+The key and value layers of this model have a quarter of the query's outputs. Tolerance, as the largest total
+variation distance between next-token distributions over all positions: 2e-5 in float32 (measured: at most 2e-6), where
+the adapter itself moves distributions by 0.25 and more.
 """
 
 from __future__ import annotations
