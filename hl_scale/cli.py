@@ -32,6 +32,7 @@ Condition = Annotated[
     str, typer.Option("--condition", help='"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1})')
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU unless there is none")]
+_ENGINES = ("peft", "vllm", "sglang", "lorax", "llamacpp")
 Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
 
 
@@ -170,6 +171,9 @@ def generate(
     run: RunPath,
     condition: Condition,
     out: Annotated[Path, typer.Option(help="directory to write")],
+    profile: Annotated[
+        str, typer.Option(help="plain, or portable: rank and scale that every engine accepts")
+    ] = "plain",
     step: Step = None,
     device: Device = None,
     force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
@@ -177,30 +181,67 @@ def generate(
     """Write the adapter of one condition as a PEFT directory."""
     from hl_scale.serving import generate_adapter
 
-    print(f"adapter: {generate_adapter(_load(run, step, device), condition, out, force=force)}")
+    _choose("--profile", profile, ("plain", "portable"))
+    written = generate_adapter(_load(run, step, device), condition, out, profile=profile, force=force)
+    print(f"adapter: {written}")
+
+
+@app.command()
+def check(
+    adapter: Annotated[Path, typer.Argument(help="PEFT directory, of whatever origin")],
+    engines: Annotated[str, typer.Option(help="of peft, vllm, sglang, lorax and llamacpp")] = ",".join(_ENGINES),
+    base: Annotated[str | None, typer.Option(help="name or directory of the base it must be for")] = None,
+) -> None:
+    """Is an adapter whole, and what do engines make of it? Needs none of them; status 1 if one would refuse it."""
+    from hl_scale.serving.engines import check_engines
+    from hl_scale.serving.validation import validate_adapter
+
+    names = engines.replace(" ", "").split(",")
+    facts = validate_adapter(adapter, base_model_name_or_path=base)
+    findings = list(check_engines(facts, names))
+    print(f"{adapter}: whole and finite, {len(facts.slots)} layers, rank {facts.rank}, scale {facts.scale:g}")
+    for name in names:
+        own = [finding for finding in findings if finding.engine == name]
+        verdict = "no" if any(finding.kind == "problem" for finding in own) else "yes"
+        print(f"{name:9} {verdict}")
+        for finding in own:
+            print(f"          {finding.kind}: {finding.text}  [{finding.source}]")
+    if any(finding.kind == "problem" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
 def export(
     run: RunPath,
     condition: Condition,
-    out: Annotated[Path, typer.Option(help="directory to write")],
+    out: Annotated[Path, typer.Option(help="directory to write, or file with --gguf")],
     merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the base, in 16 bits")] = False,
+    merge_base: Annotated[str, typer.Option(help="dequantized, as trained, or the original weights")] = "dequantized",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    gguf: Annotated[bool, typer.Option("--gguf", help="write the adapter for llama.cpp")] = False,
     step: Step = None,
     device: Device = None,
-    force: Annotated[bool, typer.Option(help="replace a checkpoint written earlier")] = False,
+    force: Annotated[bool, typer.Option(help="replace what was written earlier")] = False,
 ) -> None:
-    """Write a merged checkpoint that transformers loads without this package."""
-    from hl_scale.serving import merge_adapter
+    """Write a merged checkpoint that transformers loads without this package, or an adapter for llama.cpp."""
+    if merged == gguf:
+        raise ValueError("export takes one of --merged and --gguf (a PEFT directory is `hl-scale generate`)")
+    if gguf:
+        from hl_scale.serving.gguf_adapter import export_gguf
 
-    if not merged:
-        raise ValueError("export writes merged checkpoints: add --merged (an adapter alone is `hl-scale generate`)")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"--dtype {dtype} is not one of bfloat16, float16, float32")
-    written: Any = merge_adapter(_load(run, step, device), condition, out, dtype=dtype, force=force)  # type: ignore[arg-type]
+        print(f"adapter: {export_gguf(_load(run, step, device), condition, out, force=force)}")
+        return
+    from hl_scale.serving import merge_adapter
+    from hl_scale.serving.original import difference_table
+
+    _choose("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    _choose("--merge-base", merge_base, ("dequantized", "original"))
+    loaded = _load(run, step, device)
+    written: Any = merge_adapter(loaded, condition, out, dtype=dtype, merge_base=merge_base, force=force)
+    if written.differences:
+        Console(width=None if sys.stdout.isatty() else 160).print(difference_table(written.differences))
     print(f"merged checkpoint: {written.directory}")
-    print(f"  check against the run: {written.check}")
+    print(f"  check against base and adapter unmerged: {written.check}")
 
 
 @app.command()
@@ -273,6 +314,11 @@ def bench(
 def schema() -> None:
     """Print the JSON schema of a configuration, with the help text of every key."""
     print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option} {value} is not one of {', '.join(choices)}")
 
 
 def _load(directory: Path, step: int | None, device: str | None, base: AdaptedModel | None = None) -> LoadedRun:

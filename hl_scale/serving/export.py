@@ -6,11 +6,14 @@ PEFT multiplies B(Ax) by lora_alpha / r, or by lora_alpha / sqrt(r) with ``use_r
     alpha_over_sqrt_rank  lora_alpha = alpha, use_rslora
     one                   lora_alpha = r
 
-so the factors are stored as generated and their numbers are never touched.
+so the factors are stored as generated and their numbers are never touched. The profile "portable" is for engines that
+know less: ranks are padded with zeros to one that all of them accept, and the scale becomes a plain lora_alpha =
+s * r', exactly, as r' is a power of two.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,23 +22,33 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 import hl_scale
 from hl_scale.base.loading import resolve_model
 from hl_scale.conditions import typology
 from hl_scale.config import BaseModelConfig, LoraConfig
+from hl_scale.data.peft_directory import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from hl_scale.hypernetwork.fingerprint import weights_fingerprint
 from hl_scale.lora import LoraFactors, Slot, lora_scale
-from hl_scale.serving.staging import PROVENANCE_FILE, check_replaceable, staged_directory
+from hl_scale.serving.engines import portable_rank
+from hl_scale.serving.shards import TensorSource, write_safetensors
+from hl_scale.serving.staging import check_replaceable, staged_directory
 
 if TYPE_CHECKING:
     from hl_scale.engine.run import LoadedRun
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+Profile = Literal["plain", "portable"]
+
+_IN_HEADER = (
+    "condition", "condition_sha256", "hypernetwork_fingerprint", "base_model", "base_revision", "base_fingerprint",
+    "data_fingerprint", "scale", "hl_scale",
+)  # fmt: skip
+"""Facts that the tensor file carries in its header: what tells one adapter from another, and nothing of the moment, so
+that the same adapter is the same bytes."""
 
 
 class ExportError(ValueError):
@@ -49,6 +62,7 @@ def generate_adapter(
     *,
     base_model_name_or_path: str | None = None,
     facts: Mapping[str, Any] | None = None,
+    profile: Profile = "plain",
     force: bool = False,
 ) -> Path:
     """Generate the adapter of one condition and write it as a PEFT directory.
@@ -60,6 +74,7 @@ def generate_adapter(
         directory: where to write; must not exist unless ``force``.
         base_model_name_or_path: what the adapter names as its base; the run's own base unless given.
         facts: JSON-serialisable additions to its provenance.
+        profile: see `write_peft_adapter`.
         force: replace a directory that hl_scale wrote earlier.
 
     Returns:
@@ -85,6 +100,7 @@ def generate_adapter(
         provenance={**run_provenance(run, parsed), **(facts or {})},
         revision=base.revision,
         module_paths=[path for path, _ in run.base.model.named_modules()],
+        profile=profile,
         force=force,
     )
 
@@ -99,6 +115,7 @@ def write_peft_adapter(
     provenance: Mapping[str, Any],
     revision: str | None = None,
     module_paths: Collection[str] | None = None,
+    profile: Profile = "plain",
     force: bool = False,
 ) -> Path:
     """Write the factors of one condition as a PEFT directory.
@@ -113,6 +130,8 @@ def write_peft_adapter(
         revision: hub revision of the base.
         module_paths: all module paths of the base. With them ``target_modules`` is a short list of suffixes wherever
             these select the slots and nothing else; without them it lists full paths.
+        profile: "plain" stores the factors as they are; "portable" pads them with zeros to the next rank of 8, 16, 32,
+            64 and 128, and states the scale as lora_alpha / r. The update is the same.
         force: replace a directory that hl_scale wrote earlier.
 
     Raises:
@@ -120,6 +139,8 @@ def write_peft_adapter(
         OutputError: the directory exists and may not be replaced.
     """
     _check(factors, lora)
+    if profile == "portable":
+        factors = pad_rank(factors, portable_rank(factors.rank))
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -127,7 +148,7 @@ def write_peft_adapter(
         "revision": revision,
         "r": factors.rank,
         "target_modules": target_modules(factors.slots, module_paths),
-        **_peft_scale(lora, factors.rank),
+        **_peft_scale(lora, factors, profile),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -136,11 +157,12 @@ def write_peft_adapter(
         "inference_mode": True,
     }
     with staged_directory(directory, force=force) as staging:
-        tensors = peft_tensors(factors)
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        facts = {**provenance, "scale_convention": lora.scale_convention, "scale": factors.scale, "rank": lora.rank}
+        header = {name: str(facts[name]) for name in _IN_HEADER if facts.get(name) is not None}
+        sources = [TensorSource.of(name, tensor) for name, tensor in peft_tensors(factors).items()]
+        write_safetensors(staging / WEIGHTS_FILE, sources, header)
         digest = hashlib.sha256((staging / WEIGHTS_FILE).read_bytes()).hexdigest()
-        facts = {**provenance, "scale_convention": lora.scale_convention, "scale": factors.scale}
-        facts = {**facts, "files": {WEIGHTS_FILE: {"sha256": digest}}}
+        facts = {**facts, "profile": profile, "files": {WEIGHTS_FILE: {"sha256": digest}}}
         write_json(staging / CONFIG_FILE, config)
         write_json(staging / PROVENANCE_FILE, facts)
         (staging / "README.md").write_text(_adapter_card(config, facts), encoding="utf-8")
@@ -155,6 +177,16 @@ def peft_tensors(factors: LoraFactors) -> dict[str, torch.Tensor]:
         tensors[f"{prefix}.lora_A.weight"] = factors.a[slot.path][0].detach().cpu().clone().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = factors.b[slot.path][0].detach().cpu().clone().contiguous()
     return tensors
+
+
+def pad_rank(factors: LoraFactors, rank: int) -> LoraFactors:
+    """The same update with more rows in A and columns in B, all zero."""
+    more = rank - factors.rank
+    return dataclasses.replace(
+        factors,
+        a={path: pad(a, (0, 0, 0, more)) for path, a in factors.a.items()},
+        b={path: pad(b, (0, more)) for path, b in factors.b.items()},
+    )
 
 
 def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None) -> list[str]:
@@ -196,6 +228,8 @@ def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, A
         "step": run.step,
         "seed": run.config.run.seed,
         "hypernetwork": run.config.hypernetwork.kind,
+        "hypernetwork_fingerprint": weights_fingerprint(run.hypernetwork),
+        "data_fingerprint": run.data_fingerprint,
         "base_model": run.config.base.model,
         "base_revision": run.config.base.revision,
         "base_fingerprint": run.base.fingerprint,
@@ -227,6 +261,11 @@ def _check(factors: LoraFactors, lora: LoraConfig) -> None:
             f"the factors have scale {factors.scale}, but lora.scale_convention {lora.scale_convention!r} with "
             f"alpha {lora.alpha} and rank {lora.rank} gives {expected}"
         )
+    check_finite(factors)
+
+
+def check_finite(factors: LoraFactors) -> None:
+    """Raise `ExportError` if factors hold NaN or infinity."""
     broken = [
         slot.path
         for slot in factors.slots
@@ -239,12 +278,11 @@ def _check(factors: LoraFactors, lora: LoraConfig) -> None:
         )
 
 
-def _peft_scale(lora: LoraConfig, rank: int) -> dict[str, Any]:
-    alpha = float(rank) if lora.scale_convention == "one" else lora.alpha
-    return {
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "use_rslora": lora.scale_convention == "alpha_over_sqrt_rank",
-    }
+def _peft_scale(lora: LoraConfig, factors: LoraFactors, profile: Profile) -> dict[str, Any]:
+    stabilised = lora.scale_convention == "alpha_over_sqrt_rank" and profile == "plain"
+    plain = profile == "portable" or lora.scale_convention == "one"
+    alpha = factors.scale * factors.rank if plain else lora.alpha
+    return {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "use_rslora": stabilised}
 
 
 def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hl_scale.data.durable import flush
+from hl_scale.data.peft_directory import PROVENANCE_FILE  # only a directory that holds it is ever replaced
 
-PROVENANCE_FILE = "hl_provenance.json"
-"""Present in every directory written here; only a directory that holds it is ever replaced."""
+__all__ = ["PROVENANCE_FILE", "OutputError", "check_replaceable", "staged_directory"]
 
 
 class OutputError(ValueError):

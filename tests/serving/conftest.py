@@ -132,9 +132,16 @@ def make_run(tmp_path):
             conditions=TypologyConditions(),
             step=10,
             directory=str(tmp_path / "runs" / "tiny"),
+            data_fingerprint="d" * 64,
         )
 
     return make
+
+
+@pytest.fixture
+def build_model():
+    """build_model(architecture) -> a tiny transformers model with random weights."""
+    return lambda architecture: BUILDERS[architecture]()
 
 
 @pytest.fixture
