@@ -165,7 +165,7 @@ def test_a_failure_leaves_whole_adapters_alone_and_the_same_call_goes_on(
 
     def full_disk(*arguments, **options):
         count[0] += 1
-        if count[0] > last:
+        if count[0] == last + 1:
             raise OSError(28, "No space left on device")
         return real(*arguments, **options)
 
