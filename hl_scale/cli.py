@@ -259,6 +259,43 @@ def export(
 
 
 @app.command()
+def compress(
+    adapters: Annotated[Path, typer.Argument(help="folder of PEFT directories of one rank, scale and base")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    rank: Annotated[int, typer.Option(min=1, help="columns of the bases that the adapters share")] = 64,
+    run: Annotated[Path | None, typer.Option(help="run on the same base: also compares next-token predictions")] = None,
+    texts: Annotated[Path | None, typer.Option(help="with --run: sentences to compare on, one per line")] = None,
+    device: Device = None,
+    force: Annotated[bool, typer.Option(help="replace what was compressed earlier")] = False,
+) -> None:
+    """Replace a set of adapters by shared bases and a small core each; `decompress` gives single ones back."""
+    from hl_scale.serving.compression import compress_adapters
+    from hl_scale.serving.compression_report import probe, render_compression, summary
+
+    if texts is not None and run is None:
+        raise ValueError("--texts needs --run, whose base reads them")
+    loaded = None if run is None else _load(run, None, device)
+    measured: dict[str, Any] = {}
+    measure = None if loaded is None else probe(loaded, texts, measured)
+    made = compress_adapters(adapters, out, rank, measure=measure, force=force)
+    Console(width=None if sys.stdout.isatty() else 120).print(render_compression(made))
+    print("\n".join(summary(made, measured)))
+
+
+@app.command()
+def decompress(
+    compressed: Annotated[Path, typer.Argument(help="directory that `hl-scale compress` wrote")],
+    name: Annotated[str, typer.Argument(help="of the adapter")],
+    out: Annotated[Path, typer.Option(help="PEFT directory to write")],
+    force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
+) -> None:
+    """Write one adapter of a compressed set as a PEFT directory, of its old rank and scale."""
+    from hl_scale.serving.compression import decompress_adapter, open_compressed
+
+    print(f"adapter: {decompress_adapter(open_compressed(compressed), name, out, force=force)}")
+
+
+@app.command()
 def library(
     config: ConfigPath,
     out: Annotated[Path, typer.Option(help="directory of the library")],

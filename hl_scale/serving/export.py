@@ -355,7 +355,13 @@ def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     )
     if facts.get("hypernetwork") == "plain_lora":
         origin = "for all conditions alike, trained by hl_scale"
-    if "task" in facts:
+    if "shared_basis_rank" in facts:
+        origin = (
+            f"restored from bases of rank {facts['shared_basis_rank']} that it shared with "
+            f"{facts['shared_basis_adapters'] - 1} others (relative error of\nits updates "
+            f"{facts['shared_basis_error']:.2g}); the original was trained"
+        )
+    elif "task" in facts:
         origin = f"for the task {facts['task']} alone, trained by hl_scale"
     return f"""---
 library_name: peft

@@ -8,11 +8,13 @@ For given U and V the best cores are C_i = U^T D_i V, and
 
 so U and V have to capture as much as they can. For fixed V the best U spans the leading eigenvectors of
 S = sum_i D_i V V^T D_i^T, and likewise for fixed U; in turns, each step never loses. As in the paper's eigenvalue
-iteration, a step is one orthogonal iteration U <- qr(S U) rather than an eigendecomposition. No D_i and no S is formed:
-with G_i = (A_i V)(A_i V)^T, S U = sum_i B_i G_i (B_i^T U).
+iteration, a step is one orthogonal iteration U <- qr(S U) rather than an eigendecomposition. Neither D_i nor S is
+formed: with G_i = (A_i V)(A_i V)^T, S U = sum_i B_i G_i (B_i^T U). The start is where each side alone captures most,
+which misses at most the sum of what the best U alone and the best V alone miss; no choice misses less than either of
+them. Alternation improves on it and ends in a stationary point, which need not be the best one.
 
-A core has the rank of its adapter, r: it is kept as its factors U^T B_i (K x r) and A_i V (r x K), which are smaller than
-C_i wherever 2 r < K. The adapters that come back then have their old rank and scale.
+A core has the rank of its adapter, r: it is kept as its factors U^T B_i (K x r) and A_i V (r x K), which are smaller
+than C_i wherever 2 r < K. The adapters that come back then have their old rank and scale.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class JointBasis:
         right: (n, r, K) A_i V; C_i = left_i right_i.
         square_error: (n,) |D_i - U C_i V^T|^2.
         square_norm: (n,) |D_i|^2.
+        square_spread: () sum_i |D_i - D|^2 around their mean D: what tells the adapters apart.
         iterations: how often both bases were improved.
         converged: whether the last iteration captured nothing more, up to the tolerance.
     """
@@ -47,12 +50,13 @@ class JointBasis:
     right: Tensor
     square_error: Tensor
     square_norm: Tensor
+    square_spread: Tensor
     iterations: int
     converged: bool
 
 
 def joint_basis(
-    a: Tensor, b: Tensor, rank: int, *, tolerance: float = 1e-6, maximum_iterations: int = 200, seed: int = 0
+    a: Tensor, b: Tensor, rank: int, *, tolerance: float = 1e-7, maximum_iterations: int = 200, seed: int = 0
 ) -> JointBasis:
     """The shared bases of the updates B_i A_i.
 
@@ -65,9 +69,7 @@ def joint_basis(
         seed: of the starting basis.
 
     Returns:
-        The bases and what they miss. Sides that have at least `rank` dimensions between all adapters are optimal up to
-        the tolerance if the other side is captured in full; else a stationary point is reached, as by any method of
-        alternation.
+        The bases and what they miss.
 
     Raises:
         ValueError: ``rank`` is not positive.
@@ -119,4 +121,6 @@ def _result(a_rows: Tensor, b_rows: Tensor, u: Tensor, v: Tensor, iterations: in
     missed_a = a_rows - av @ v.mT
     error = _captured(missed_b @ missed_b.mT, a_rows @ a_rows.mT) + _captured(bu @ bu.mT, missed_a @ missed_a.mT)
     norm = _captured(b_rows @ b_rows.mT, a_rows @ a_rows.mT)
-    return JointBasis(u, v, bu.mT.contiguous(), av, error.clamp(min=0), norm, iterations, converged)
+    mean = b_rows.flatten(0, 1).mT @ a_rows.flatten(0, 1) / len(a_rows)
+    spread = (norm.sum() - len(a_rows) * mean.square().sum()).clamp(min=0)
+    return JointBasis(u, v, bu.mT.contiguous(), av, error.clamp(min=0), norm, spread, iterations, converged)
