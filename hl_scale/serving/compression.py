@@ -222,7 +222,7 @@ class _Work:
         self.basis: JointBasis | None = None
 
     def sources(self, advance: Callable[[int], None]) -> list[TensorSource]:
-        """The tensors of all slots in order. The first of a slot computes them, the last lets them go."""
+        """The tensors of all slots in order; the first of a slot computes all four."""
         count, r = len(self.library.names), self.library.rank
         sources = []
         for slot in self.library.slots:
@@ -242,9 +242,7 @@ class _Work:
                 self.basis = self._compress(slot)
                 advance(1)
             assert self.basis is not None
-            return {"U": self.basis.u, "V": self.basis.v, "left": self.basis.left, "right": self.basis.right}[
-                part
-            ].float()
+            return getattr(self.basis, part.lower()).float()
 
         return produce
 

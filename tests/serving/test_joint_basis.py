@@ -9,7 +9,7 @@ import torch
 
 from hl_scale.serving.joint_basis import joint_basis
 
-TIGHT = {"tolerance": 1e-15, "maximum_iterations": 20_000}
+TIGHT = {"tolerance": 1e-13, "maximum_iterations": 3000}
 
 
 def factors(count, rank, inputs, outputs, seed=0):
@@ -48,7 +48,7 @@ def random_basis(size, rank, seed):
 def alternation(updates, v):
     """What exact eigenvectors in turns miss, on dense updates, from a basis of the inputs."""
     rank = v.shape[1]
-    for _ in range(200):
+    for _ in range(60):
         u = torch.linalg.eigh((updates @ v @ v.mT @ updates.mT).sum(0)).eigenvectors[:, -rank:]
         v = torch.linalg.eigh((updates.mT @ u @ u.mT @ updates).sum(0)).eigenvectors[:, -rank:]
     return missed(updates, u, v)
@@ -70,10 +70,10 @@ def test_with_one_side_captured_in_full_the_other_is_that_of_all_updates_side_by
 
 
 @pytest.mark.parametrize("rank", [2, 3])
-def test_no_dense_alternation_from_twenty_starts_finds_shared_structure_better(rank):
+def test_no_dense_alternation_from_ten_starts_finds_shared_structure_better(rank):
     a, b = shared(rank)
     found = joint_basis(a, b, rank, **TIGHT).square_error.sum().item()
-    best = min(alternation(b @ a, random_basis(9, rank, seed)) for seed in range(20))
+    best = min(alternation(b @ a, random_basis(9, rank, seed)) for seed in range(10))
     assert found == pytest.approx(best, rel=1e-6)
 
 
