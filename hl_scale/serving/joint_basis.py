@@ -9,8 +9,8 @@ For given U and V the best cores are C_i = U^T D_i V, and
 so U and V have to capture as much as they can. For fixed V the best U spans the leading eigenvectors of
 S = sum_i D_i V V^T D_i^T, and likewise for fixed U; in turns, each step never loses. As in the paper's eigenvalue
 iteration, a step is one orthogonal iteration U <- qr(S U) rather than an eigendecomposition. Neither D_i nor S is
-formed: with G_i = (A_i V)(A_i V)^T, S U = sum_i B_i G_i (B_i^T U). The start is where each side alone captures most,
-which misses at most the sum of what the best U alone and the best V alone miss; no choice misses less than either of
+formed: with G_i = (A_i V)(A_i V)^T, S U = sum_i B_i G_i (B_i^T U). The start is about where each side alone captures
+most, which misses no more than the best U alone and the best V alone do together; no choice misses less than either of
 them. Alternation improves on it and ends in a stationary point, which need not be the best one.
 
 A core has the rank of its adapter, r: it is kept as its factors U^T B_i (K x r) and A_i V (r x K), which are smaller
