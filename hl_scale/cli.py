@@ -28,9 +28,10 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration, for example one of configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, read after the file")]
 RunPath = Annotated[Path, typer.Argument(help="run directory of a training")]
-Condition = Annotated[
-    str, typer.Option("--condition", help='"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1})')
-]
+CONDITION_HELP = (
+    '"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1}); "task:NAME" or "description:WORDS"'
+)
+Condition = Annotated[str, typer.Option("--condition", help=CONDITION_HELP)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU unless there is none")]
 _ENGINES = ("peft", "vllm", "sglang", "lorax", "llamacpp")
 Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
@@ -169,21 +170,34 @@ def evaluate(
 @app.command()
 def generate(
     run: RunPath,
-    condition: Condition,
-    out: Annotated[Path, typer.Option(help="directory to write")],
+    out: Annotated[Path, typer.Option(help="directory to write; of many adapters the folder of their directories")],
+    condition: Annotated[str | None, typer.Option(help=CONDITION_HELP)] = None,
+    all_dialects: Annotated[bool, typer.Option("--all-dialects", help="one for each variety of eWAVE")] = False,
+    conditions: Annotated[
+        Path | None, typer.Option(help='many: a file with a line {"name": ..., "condition": ...} for each')
+    ] = None,
     profile: Annotated[
         str, typer.Option(help="plain, or portable: rank and scale that every engine accepts")
     ] = "plain",
     step: Step = None,
     device: Device = None,
-    force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
+    force: Annotated[bool, typer.Option(help="replace adapters written earlier")] = False,
 ) -> None:
-    """Write the adapter of one condition as a PEFT directory."""
-    from hl_scale.serving import generate_adapter
+    """Write adapters as PEFT directories: of one condition, or of many (what is there already is kept)."""
+    from hl_scale.serving import batch, generate_adapter
 
     _choose("--profile", profile, ("plain", "portable"))
-    written = generate_adapter(_load(run, step, device), condition, out, profile=profile, force=force)
-    print(f"adapter: {written}")
+    if [condition is not None, all_dialects, conditions is not None].count(True) != 1:
+        raise ValueError("pass one of --condition, --all-dialects and --conditions")
+    loaded = _load(run, step, device)
+    chosen: Any = profile
+    if condition is not None:
+        print(f"adapter: {generate_adapter(loaded, condition, out, profile=chosen, force=force)}")
+        return
+    parse = loaded.conditions.parse
+    requests = batch.all_dialects(loaded) if conditions is None else batch.read_requests(conditions, parse)
+    made = batch.generate_adapters(loaded, requests, out, profile=chosen, force=force)
+    print(f"adapters: {made.directory} ({len(made.written)} written, {len(made.kept)} kept)")
 
 
 @app.command()
@@ -242,6 +256,43 @@ def export(
         Console(width=None if sys.stdout.isatty() else 160).print(difference_table(written.differences))
     print(f"merged checkpoint: {written.directory}")
     print(f"  check against base and adapter unmerged: {written.check}")
+
+
+@app.command()
+def compress(
+    adapters: Annotated[Path, typer.Argument(help="folder of PEFT directories of one rank, scale and base")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    rank: Annotated[int, typer.Option(min=1, help="columns of the bases that the adapters share")] = 64,
+    run: Annotated[Path | None, typer.Option(help="run on the same base: also compares next-token predictions")] = None,
+    texts: Annotated[Path | None, typer.Option(help="with --run: sentences to compare on, one per line")] = None,
+    device: Device = None,
+    force: Annotated[bool, typer.Option(help="replace what was compressed earlier")] = False,
+) -> None:
+    """Replace a set of adapters by shared bases and a small core each; `decompress` gives single ones back."""
+    from hl_scale.serving.compression import compress_adapters
+    from hl_scale.serving.compression_report import probe, render_compression, summary
+
+    if texts is not None and run is None:
+        raise ValueError("--texts needs --run, whose base reads them")
+    loaded = None if run is None else _load(run, None, device)
+    measured: dict[str, Any] = {}
+    measure = None if loaded is None else probe(loaded, texts, measured)
+    made = compress_adapters(adapters, out, rank, measure=measure, force=force)
+    Console(width=None if sys.stdout.isatty() else 120).print(render_compression(made))
+    print("\n".join(summary(made, measured)))
+
+
+@app.command()
+def decompress(
+    compressed: Annotated[Path, typer.Argument(help="directory that `hl-scale compress` wrote")],
+    name: Annotated[str, typer.Argument(help="of the adapter")],
+    out: Annotated[Path, typer.Option(help="PEFT directory to write")],
+    force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
+) -> None:
+    """Write one adapter of a compressed set as a PEFT directory, of its old rank and scale."""
+    from hl_scale.serving.compression import decompress_adapter, open_compressed
+
+    print(f"adapter: {decompress_adapter(open_compressed(compressed), name, out, force=force)}")
 
 
 @app.command()

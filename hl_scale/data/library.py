@@ -55,7 +55,7 @@ class Library:
 
     Args:
         directory: the library.
-        slots: the slots that every adapter must have factors for, and no others.
+        slots: the slots that every adapter must have factors for, and no others; those of the first adapter if None.
         names: tasks that are needed; every PEFT directory there if None.
 
     Attributes:
@@ -70,15 +70,15 @@ class Library:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], slots: Sequence[Slot], names: Collection[str] | None = None
+        self, directory: str | os.PathLike[str], slots: Sequence[Slot] | None, names: Collection[str] | None = None
     ) -> None:
         self.directory = Path(directory)
-        self.slots = tuple(slots)
         entries: dict[str, AdapterFacts] = {}
         problems: list[str] = []
         for name in _find(self.directory) if names is None else sorted(set(names)):
             try:
-                entries[name] = read_adapter(self.directory / name, self.slots)
+                entries[name] = read_adapter(self.directory / name, slots)
+                slots = entries[name].slots
             except AdapterError as error:
                 problems.append(f"{self.directory / name}: {error}")
         if not entries and not problems:
@@ -89,6 +89,7 @@ class Library:
         problems += _disagreements(list(entries.values()))
         self._refuse(problems)
         self._entries = entries
+        self.slots = next(iter(entries.values())).slots
         self.names = tuple(entries)
         first = next(iter(entries.values()))
         self.rank, self.scale = first.rank, first.scale
@@ -102,7 +103,7 @@ class Library:
         Raises:
             LibraryError: no such task, or numbers that are not finite or cannot be read.
         """
-        entry = self._entry(name)
+        entry = self.facts(name)
         try:
             tensors = entry.read()
         except AdapterError as error:
@@ -123,6 +124,18 @@ class Library:
             {slot.path: torch.cat([factors.b[slot.path] for factors in each]) for slot in self.slots},
             self.scale,
         )
+
+    def read_slot(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        """A (n, r, in) and B (n, out, r) of one slot in all n adapters, in the order of `names`; see `read`."""
+        a, b = [], []
+        for name in self.names:
+            try:
+                tensors = self.facts(name).read(slot.path)
+            except AdapterError as error:
+                raise LibraryError(f"{self.directory / name}: {error}\n  fix: {_FIX}") from None
+            a.append(tensors[slot.path, "A"].float())
+            b.append(tensors[slot.path, "B"].float())
+        return torch.stack(a), torch.stack(b)
 
     def statistics(self, names: Iterable[str], *, canonical: bool = False) -> LibraryStatistics:
         """Mean and standard deviation of every entry, and the size of the updates; adapters are read one by one.
@@ -163,7 +176,8 @@ class Library:
         a, b = ({slot.path: tensors[slot.path, side].float() for slot in self.slots} for side in "AB")
         return LoraFactors(self.slots, a, b, self.scale)
 
-    def _entry(self, name: str) -> AdapterFacts:
+    def facts(self, name: str) -> AdapterFacts:
+        """What the directory of a task says; LibraryError if there is no such task."""
         if name not in self._entries:
             near = difflib.get_close_matches(name, self.names, n=1)
             hint = f"did you mean {near[0]}? " if near else ""

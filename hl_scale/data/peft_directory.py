@@ -65,18 +65,19 @@ class AdapterFacts:
     base_fingerprint: str | None
     keys: Mapping[tuple[str, str], str]
 
-    def read(self) -> dict[tuple[str, str], Tensor]:
-        """The factors: (path, side) -> A (r, in) or B (out, r) in the dtype of the file, on the CPU.
+    def read(self, path: str | None = None) -> dict[tuple[str, str], Tensor]:
+        """The factors, of all layers unless one is given: (path, side) -> A (r, in) or B (out, r) in the dtype of the
+        file, on the CPU.
 
         Raises:
             AdapterError: the file cannot be read, or holds NaN or infinity.
         """
         try:
             with safe_open(self.directory / WEIGHTS_FILE, framework="pt") as file:
-                tensors = {place: file.get_tensor(key) for place, key in self.keys.items()}
+                tensors = {place: file.get_tensor(key) for place, key in self.keys.items() if path in (None, place[0])}
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{WEIGHTS_FILE} cannot be read: {error}") from None
-        broken = [path for (path, _), tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        broken = [place[0] for place, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise AdapterError(
                 f"holds NaN or infinity in {len(broken)} of {len(tensors)} tensors, first of {broken[0]}"

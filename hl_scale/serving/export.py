@@ -84,25 +84,37 @@ def generate_adapter(
         ValueError: an unknown condition, a directory in the way, or factors that are not finite.
     """
     check_replaceable(directory, force=force)
+    base = base_arguments(run, base_model_name_or_path)
+    parsed, factors = generate_factors(run, condition)
+    return write_peft_adapter(
+        factors,
+        directory,
+        lora=run.config.lora,
+        provenance={**run_provenance(run, parsed), **(facts or {})},
+        profile=profile,
+        force=force,
+        **base,
+    )
+
+
+def base_arguments(run: LoadedRun, base_model_name_or_path: str | None = None) -> dict[str, Any]:
+    """What `peft_config` is to be told of a run's base.
+
+    Raises:
+        ValueError: adapters of this base would not be applied, and no other base is named.
+    """
     base = run.config.base
     if run.base.from_multimodal and base_model_name_or_path is None:
         raise ValueError(
             f"{base.model} is a multimodal checkpoint: its language model's layers have other paths there, and PEFT "
             "would apply nothing\n  fix: write a merged checkpoint instead (hl-scale export --merged)"
         )
-    parsed, factors = generate_factors(run, condition)
-    return write_peft_adapter(
-        factors,
-        directory,
-        base_model_name_or_path=base_model_name_or_path or base_reference(base),
-        lora=run.config.lora,
-        task_type="CAUSAL_LM" if run.base.has_head else "FEATURE_EXTRACTION",
-        provenance={**run_provenance(run, parsed), **(facts or {})},
-        revision=base.revision,
-        module_paths=[path for path, _ in run.base.model.named_modules()],
-        profile=profile,
-        force=force,
-    )
+    return {
+        "base_model_name_or_path": base_model_name_or_path or base_reference(base),
+        "task_type": "CAUSAL_LM" if run.base.has_head else "FEATURE_EXTRACTION",
+        "revision": base.revision,
+        "module_paths": [path for path, _ in run.base.model.named_modules()],
+    }
 
 
 def write_peft_adapter(
@@ -138,17 +150,41 @@ def write_peft_adapter(
         ExportError: more than one condition, a rank or scale that disagrees with ``lora``, or non-finite factors.
         OutputError: the directory exists and may not be replaced.
     """
-    _check(factors, lora)
-    if profile == "portable":
-        factors = pad_rank(factors, portable_rank(factors.rank))
-    config = {
+    check_factors(factors, lora)
+    config = peft_config(
+        factors.slots,
+        lora,
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
+        revision=revision,
+        module_paths=module_paths,
+        profile=profile,
+    )
+    with staged_directory(directory, force=force) as staging:
+        write_adapter_files(staging, factors, config, {**provenance, **scale_facts(lora, factors.scale, profile)})
+    return Path(directory)
+
+
+def peft_config(
+    slots: Collection[Slot],
+    lora: LoraConfig,
+    *,
+    base_model_name_or_path: str,
+    task_type: str,
+    revision: str | None = None,
+    module_paths: Collection[str] | None = None,
+    profile: Profile = "plain",
+) -> dict[str, Any]:
+    """adapter_config.json of adapters for these slots; arguments as of `write_peft_adapter`."""
+    rank = portable_rank(lora.rank) if profile == "portable" else lora.rank
+    return {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision,
-        "r": factors.rank,
-        "target_modules": target_modules(factors.slots, module_paths),
-        **_peft_scale(lora, factors, profile),
+        "r": rank,
+        "target_modules": target_modules(slots, module_paths),
+        **_peft_scale(lora, rank, profile),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -156,17 +192,33 @@ def write_peft_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with staged_directory(directory, force=force) as staging:
-        facts = {**provenance, "scale_convention": lora.scale_convention, "scale": factors.scale, "rank": lora.rank}
-        header = {name: str(facts[name]) for name in _IN_HEADER if facts.get(name) is not None}
-        sources = [TensorSource.of(name, tensor) for name, tensor in peft_tensors(factors).items()]
-        write_safetensors(staging / WEIGHTS_FILE, sources, header)
-        digest = hashlib.sha256((staging / WEIGHTS_FILE).read_bytes()).hexdigest()
-        facts = {**facts, "profile": profile, "files": {WEIGHTS_FILE: {"sha256": digest}}}
-        write_json(staging / CONFIG_FILE, config)
-        write_json(staging / PROVENANCE_FILE, facts)
-        (staging / "README.md").write_text(_adapter_card(config, facts), encoding="utf-8")
-    return Path(directory)
+
+
+def write_adapter_files(
+    directory: Path, factors: LoraFactors, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write the files of a PEFT directory into an existing one, which the caller makes visible when they are complete.
+
+    Args:
+        directory: an empty directory.
+        factors: E = 1; padded with zeros to the rank of ``config``.
+        config: content of adapter_config.json.
+        facts: provenance; the digest of the weights is added.
+    """
+    header = {name: str(facts[name]) for name in _IN_HEADER if facts.get(name) is not None}
+    tensors = peft_tensors(factors if factors.rank == config["r"] else pad_rank(factors, config["r"]))
+    sources = [TensorSource.of(name, tensor) for name, tensor in tensors.items()]
+    write_safetensors(directory / WEIGHTS_FILE, sources, header)
+    digest = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
+    facts = {**facts, "files": {WEIGHTS_FILE: {"sha256": digest}}}
+    write_json(directory / CONFIG_FILE, config)
+    write_json(directory / PROVENANCE_FILE, facts)
+    (directory / "README.md").write_text(_adapter_card(config, facts), encoding="utf-8")
+
+
+def scale_facts(lora: LoraConfig, scale: float, profile: Profile = "plain") -> dict[str, Any]:
+    """What provenance says about rank and scale."""
+    return {"scale_convention": lora.scale_convention, "scale": scale, "rank": lora.rank, "profile": profile}
 
 
 def peft_tensors(factors: LoraFactors) -> dict[str, torch.Tensor]:
@@ -222,8 +274,7 @@ def base_reference(base: BaseModelConfig) -> str:
 def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, Any]:
     """What an exported directory says about where it comes from."""
     return {
-        "condition": condition.name,
-        "condition_sha256": hashlib.sha256(condition.vector.astype("<f4").tobytes()).hexdigest(),
+        **condition_facts(condition),
         "run": Path(run.directory).resolve().name,
         "step": run.step,
         "seed": run.config.run.seed,
@@ -242,12 +293,21 @@ def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, A
     }
 
 
+def condition_facts(condition: typology.Condition) -> dict[str, Any]:
+    """The part of `run_provenance` that differs between the adapters of a run."""
+    return {
+        "condition": condition.name,
+        "condition_sha256": hashlib.sha256(condition.vector.astype("<f4").tobytes()).hexdigest(),
+    }
+
+
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Indented JSON with a final newline."""
     path.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _check(factors: LoraFactors, lora: LoraConfig) -> None:
+def check_factors(factors: LoraFactors, lora: LoraConfig) -> None:
+    """Raise `ExportError` unless these are the finite factors of one adapter that `lora` describes."""
     if factors.conditions != 1:
         raise ExportError(
             f"a PEFT directory holds one adapter, got factors of {factors.conditions} conditions\n"
@@ -278,10 +338,10 @@ def check_finite(factors: LoraFactors) -> None:
         )
 
 
-def _peft_scale(lora: LoraConfig, factors: LoraFactors, profile: Profile) -> dict[str, Any]:
+def _peft_scale(lora: LoraConfig, rank: int, profile: Profile) -> dict[str, Any]:
     stabilised = lora.scale_convention == "alpha_over_sqrt_rank" and profile == "plain"
     plain = profile == "portable" or lora.scale_convention == "one"
-    alpha = factors.scale * factors.rank if plain else lora.alpha
+    alpha = lora_scale(lora.scale_convention, lora.alpha, lora.rank) * rank if plain else lora.alpha
     return {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "use_rslora": stabilised}
 
 
@@ -295,7 +355,13 @@ def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     )
     if facts.get("hypernetwork") == "plain_lora":
         origin = "for all conditions alike, trained by hl_scale"
-    if "task" in facts:
+    if "shared_basis_rank" in facts:
+        origin = (
+            f"restored from bases of rank {facts['shared_basis_rank']} that it shared with "
+            f"{facts['shared_basis_adapters'] - 1} others (relative error of\nits updates "
+            f"{facts['shared_basis_error']:.2g}); the original was trained"
+        )
+    elif "task" in facts:
         origin = f"for the task {facts['task']} alone, trained by hl_scale"
     return f"""---
 library_name: peft
