@@ -174,10 +174,13 @@ def generate(
     device: Device = None,
     force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
 ) -> None:
-    """Write the adapter of one condition as a PEFT directory."""
+    """Write the adapter of one condition as a PEFT directory; the base's weights are not needed."""
+    from hl_scale.engine.run import load_generator
+    from hl_scale.engine.zero3 import default_device
     from hl_scale.serving import generate_adapter
 
-    print(f"adapter: {generate_adapter(_load(run, step, device), condition, out, force=force)}")
+    loaded = load_generator(run, step, device=device or default_device())
+    print(f"adapter: {generate_adapter(loaded, condition, out, force=force)}")
 
 
 @app.command()
