@@ -29,6 +29,8 @@ from hl_scale.serving.generator_process import GenerationFailed, GenerationRefus
 PREFIX = "HL_SCALE_SERVE_"
 MAXIMUM_NAME = 200
 """Characters of a dialect or task name, with its prefix."""
+GENERATION_SECONDS = 300.0
+"""A generation that takes longer counts as hanging: its process is killed."""
 KEEP_SECONDS = 60.0
 """An adapter that was asked for so recently is not removed: its request may not have reached the engine yet."""
 
@@ -49,7 +51,7 @@ class ServingSettings(Section):
     cache_bytes: ByteSize = Field(ByteSize(10_000_000_000), gt=0)
     """Bound on the cache, for example 2GB."""
     deadline: float = Field(60.0, gt=0)
-    """Seconds a request waits for its adapter, and seconds one generation may take."""
+    """Seconds a request waits for its adapter; one that leaves sooner does not stop the generation."""
     waiting: int = Field(16, ge=1)
     """Adapters that may be generated or wait for it at one time; further new ones are turned away."""
     description_characters: int = Field(0, ge=0)
@@ -263,7 +265,7 @@ class AdapterService:
             "facts": {"cache_key": key},
         }  # fmt: skip
         try:
-            seconds = await generator.generate(request, self.settings.deadline)
+            seconds = await generator.generate(request, GENERATION_SECONDS)
             await asyncio.to_thread(self.cache.verify, key, base_model)
         except GenerationRefused as error:
             raise AdapterError(404, str(error)) from None
