@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
+SERVE_RUN ?= runs/demo
 RANKS ?= 2
 DEEPSPEED = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators $(RANKS)
 RECIPE := configs/demo_gemma270m_cpu.yaml
@@ -15,7 +17,7 @@ FULL_RUN := runs/gemma270m
 FULL_PLAIN := runs/gemma270m-plain-lora
 PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
 
-.PHONY: setup demo results test test-slow test-gpu test-faults lint format bench clean
+.PHONY: setup demo results serve-demo test test-slow test-gpu test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -42,6 +44,18 @@ results: $(READY)
 	$(DEEPSPEED) launch/train.py --config $(RECIPE) run.directory=$(FULL_RUN)
 	$(DEEPSPEED) launch/train.py --config $(RECIPE) run.directory=$(FULL_PLAIN) $(PLAIN)
 	$(BIN)/hl-scale evaluate $(FULL_RUN) --control $(FULL_PLAIN)
+
+# vLLM has an environment of its own: it pins other versions, and training needs none of it.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade pip
+	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt torch
+	$(VLLM)/bin/pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps -e .
+	touch $(VLLM)/.ready
+
+serve-demo: $(VLLM)/.ready
+	HL_SCALE_SERVE_RUN=$(SERVE_RUN) HL_SCALE_SERVE_CACHE=.cache/adapters $(VLLM)/bin/python examples/serve_demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -72,4 +86,4 @@ bench: $(READY)
 	$(BIN)/hl-scale bench step
 
 clean:
-	rm -rf $(VENV) .cache runs *.egg-info
+	rm -rf $(VENV) $(VLLM) .cache runs *.egg-info
