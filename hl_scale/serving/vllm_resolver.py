@@ -60,11 +60,10 @@ class HyperLoraEndpoint:
 
     def attach_router(self, app: Any) -> None:
         """Add the route."""
-        from fastapi.responses import JSONResponse
-
         adapters = service()
         if adapters is None:
             return
+        from fastapi.responses import JSONResponse
 
         @app.get("/hl_scale/health")
         async def health() -> JSONResponse:

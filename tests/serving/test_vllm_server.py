@@ -69,6 +69,7 @@ class Server:
             **{key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MASTER_", "WORLD_"))},
             "VLLM_PLUGINS": "hl_scale", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            "TORCH_COMPILE_DISABLE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(START_TIMEOUT),
             "HL_SCALE_SERVE_RUN": str(run.directory), "HL_SCALE_SERVE_CACHE": str(self.cache),
             "HL_SCALE_SERVE_DEADLINE": "900", "HL_SCALE_SERVE_DESCRIPTION_CHARACTERS": "1000",
         }  # fmt: skip
