@@ -183,13 +183,18 @@ def generate(
     device: Device = None,
     force: Annotated[bool, typer.Option(help="replace adapters written earlier")] = False,
 ) -> None:
-    """Write adapters as PEFT directories: of one condition, or of many (what is there already is kept)."""
+    """Write adapters as PEFT directories: of one condition, or of many (what is there already is kept).
+
+    The base's weights are not needed.
+    """
+    from hl_scale.engine.run import load_generator
+    from hl_scale.engine.zero3 import default_device
     from hl_scale.serving import batch, generate_adapter
 
     _choose("--profile", profile, ("plain", "portable"))
     if [condition is not None, all_dialects, conditions is not None].count(True) != 1:
         raise ValueError("pass one of --condition, --all-dialects and --conditions")
-    loaded = _load(run, step, device)
+    loaded = load_generator(run, step, device=device or default_device())
     chosen: Any = profile
     if condition is not None:
         print(f"adapter: {generate_adapter(loaded, condition, out, profile=chosen, force=force)}")

@@ -110,14 +110,15 @@ def _load_random(base: BaseModelConfig, lora: LoraConfig, device: torch.device |
 
 
 def outline_base(base: BaseModelConfig, lora: LoraConfig) -> AdaptedModel:
-    """The base without its weights: every tensor is on the meta device and has the size it would have; for planning.
+    """The base without its weights: every tensor is on the meta device and has the size it would have.
 
     It reads config.json alone, from the model's directory or from the hub, and has no tokenizer.
 
     Raises:
         BaseModelError: there is no configuration to be had, or slots do not exist.
     """
-    model = empty_model(base, model_config(base))
+    config = model_config(base)
+    model = empty_model(base, config)
     dtype = getattr(torch, base.compute_dtype)
     for path, module in list(model.named_modules()):
         if not _is_quantizable(model, module):
@@ -133,7 +134,9 @@ def outline_base(base: BaseModelConfig, lora: LoraConfig) -> AdaptedModel:
     _freeze(model)
     model.to("meta")
     model.tie_weights()
-    return AdaptedModel(model, None, lora, "outline", base)
+    adapted = AdaptedModel(model, None, lora, "outline", base)
+    adapted.from_multimodal = hasattr(config, "text_config")
+    return adapted
 
 
 def model_config(base: BaseModelConfig) -> Any:

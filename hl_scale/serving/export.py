@@ -258,7 +258,7 @@ def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None
 def generate_factors(run: LoadedRun, condition: str) -> tuple[typology.Condition, LoraFactors]:
     """Parse a condition and generate its factors (E = 1)."""
     parsed = run.conditions.parse(condition)
-    device = next(run.base.model.parameters()).device
+    device = next(run.hypernetwork.parameters()).device
     with torch.no_grad():
         factors = run.hypernetwork(torch.tensor(parsed.vector)[None].float().to(device))
     return parsed, factors
