@@ -17,8 +17,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from hl_scale.data.shards import hash_file
 from hl_scale.serving.staging import PROVENANCE_FILE
+from hl_scale.serving.validation import validate_adapter
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STAGED = re.compile(r"\.[0-9a-f]{64}-.*\.(tmp|old)")
@@ -88,25 +88,21 @@ class AdapterCache:
         return self.directory / key
 
     def verify(self, key: str, base_model: str) -> None:
-        """Read a cached adapter through.
+        """Read a cached adapter through, see `validate_adapter`.
 
         Raises:
-            BadAdapterError: missing, damaged, leading out of the cache, or of another base.
+            BadAdapterError: missing, damaged, leading out of the cache, of another base or condition.
         """
         directory = self.path(key)
         for path in (directory, *directory.glob("*")):
             if path.is_symlink():
                 raise BadAdapterError(f"{path} is a symbolic link")
         try:
-            provenance = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
-            config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-            if provenance["cache_key"] != key or config["base_model_name_or_path"] != base_model:
-                raise BadAdapterError(f"{directory} holds another adapter, or one for another base")
-            for name, facts in provenance["files"].items():
-                if hash_file(directory / Path(name).name) != facts["sha256"]:
-                    raise BadAdapterError(f"{directory / name} is damaged: its sha256 is not the recorded one")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise error if isinstance(error, BadAdapterError) else BadAdapterError(f"{directory}: {error!r}") from None
+            facts = validate_adapter(directory, base_model_name_or_path=base_model)
+        except (OSError, ValueError) as error:
+            raise BadAdapterError(str(error)) from None
+        if facts.provenance.get("cache_key") != key:
+            raise BadAdapterError(f"{directory} holds another adapter")
 
     def add(self, key: str) -> None:
         """Count an adapter that was written to `path(key)`, as the most recently used one."""

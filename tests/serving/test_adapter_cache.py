@@ -79,7 +79,7 @@ def test_a_damaged_adapter_does_not_verify(cache, damage):
 
 def test_an_adapter_of_another_base_does_not_verify(cache):
     write(cache, KEYS[0])
-    with pytest.raises(BadAdapterError, match="another base"):
+    with pytest.raises(BadAdapterError, match="made for base /models/base, not /models/other"):
         cache.verify(KEYS[0], "/models/other")
 
 
