@@ -277,7 +277,7 @@ def _difference(directory: Path, config: dict[str, Any], facts: dict[str, Any]) 
 
 def _factors(run: LoadedRun, requests: Sequence[Request]) -> Iterator[LoraFactors]:
     """Factors of each (E = 1), from one pass."""
-    device = next(run.hypernetwork.parameters(), torch.empty(0)).device
+    device = next(run.hypernetwork.parameters()).device
     vectors = torch.stack([torch.tensor(request.condition.vector) for request in requests]).float()
     with torch.no_grad():
         factors = run.hypernetwork(vectors.to(device))

@@ -294,7 +294,7 @@ def test_the_command_writes_many_adapters_and_says_how_many(make_run, file_of, t
     file_of(("a", "standard"), ("b", "dialect:NgE"))
     run = make_run("gemma")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda *arguments: run)
+    monkeypatch.setattr("hl_scale.engine.run.load_generator", lambda *arguments, **options: run)
     monkeypatch.setattr("sys.argv", ["hl-scale", "generate", "run", *many, "--out", "out"])
     count = 50 if many[0] == "--all-dialects" else 2
     for summary in (f"({count} written, 0 kept)", f"(0 written, {count} kept)"):
