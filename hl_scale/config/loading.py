@@ -97,12 +97,9 @@ def _parse_value(text: str, source: str) -> Any:
 
 def _leave_out_other_kinds(tree: dict[str, Any], name: str, kind: Any) -> None:
     """Remove the keys of a section that its new kind has not; a kind that does not exist is refused later."""
-    field, section = Config.model_fields.get(name), tree.get(name)
-    if field is None or not isinstance(section, dict):
-        return
-    for candidate in _kinds(field.annotation).values():
-        if kind in typing.get_args(candidate.model_fields["kind"].annotation):
-            tree[name] = {key: value for key, value in section.items() if key in candidate.model_fields}
+    chosen, section = _sections_by_kind(name).get(str(kind)), tree.get(name)
+    if chosen is not None and isinstance(section, dict):
+        tree[name] = {key: value for key, value in section.items() if key in chosen.model_fields}
 
 
 def _assign(tree: dict[str, Any], keys: typing.Sequence[str], value: Any) -> None:
@@ -138,9 +135,7 @@ def _fix(problem: Any) -> str:
     if problem["type"] == "literal_error":
         return f"use one of {problem['ctx']['expected']}"
     if problem["type"] == "union_tag_invalid":
-        kinds = _kinds(Config.model_fields[str(location[0])].annotation).values()
-        names = (name for kind in kinds for name in typing.get_args(kind.model_fields["kind"].annotation))
-        return f"use one of {', '.join(map(repr, names))}"
+        return f"use one of {', '.join(map(repr, _sections_by_kind(str(location[0]))))}"
     for end in range(len(location), 0, -1):  # an element of a tuple or a branch of a union has its field's help
         field = _fields_at(location[: end - 1]).get(str(location[end - 1]))
         if field is not None and field.description:
@@ -181,6 +176,13 @@ def _kinds(annotation: Any) -> dict[str, Any]:
             if isinstance(mark, Tag):
                 found[mark.tag] = typing.get_args(branch)[0]
     return found
+
+
+def _sections_by_kind(name: str) -> dict[str, type[Section]]:
+    """Value of `kind` -> section, of a section that comes in several; kinds may share a section, and its tag."""
+    field = Config.model_fields.get(name)
+    sections = [] if field is None else _kinds(field.annotation).values()
+    return {kind: section for section in sections for kind in typing.get_args(section.model_fields["kind"].annotation)}
 
 
 def _section_in(annotation: Any) -> Any:

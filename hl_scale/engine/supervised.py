@@ -123,6 +123,12 @@ def _condition_segments(index: Tensor, ends: Sequence[int]) -> Segments:
     return Segments((0, *(ends[last - 1] for last in accumulate(sizes))))
 
 
+def check_head(base: AdaptedModel) -> None:
+    """Refuse a base that predicts no tokens; ConfigError."""
+    if not base.has_head:
+        raise ConfigError("objective.kind 'supervised' needs a causal model: set base.architecture or another base")
+
+
 class SupervisedWorkload:
     """The task job, see `hl_scale.engine.inputs.Workload`.
 
@@ -132,8 +138,7 @@ class SupervisedWorkload:
 
     def __init__(self, config: Config, base: AdaptedModel, tasks: TaskSet) -> None:
         self.config, self.base = config, base
-        if not base.has_head:
-            raise ConfigError("objective.kind 'supervised' needs a causal model: set base.architecture or another base")
+        check_head(base)
         self.tasks = tasks.seen
         self.vectors = TaskVectors(config, self.tasks, base)
         self.condition_size = self.vectors.conditions.size

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hl_scale.base import AdaptedModel
-from hl_scale.config import Config, ConfigError
+from hl_scale.config import Config
 from hl_scale.data.library import LibraryStatistics
+from hl_scale.engine.supervised import check_head
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
 from hl_scale.lora import LoraFactors
@@ -48,10 +49,7 @@ class Job:
         self.group = config.tasks.examples_per_condition if self.kind == "supervised" else 1
         self.loss: AnswerLoss | None = None
         if self.kind == "supervised":
-            if not self.base.has_head:
-                raise ConfigError(
-                    "objective.kind 'supervised' needs a causal model: set base.architecture or another base"
-                )
+            check_head(self.base)
             self.loss = AnswerLoss(self.base, config)
         if self.kind == "reconstruction":
             with tracing.Allocations(answer=True):  # which looks whether there is any spread
