@@ -17,7 +17,7 @@ FULL_RUN := runs/gemma270m
 FULL_PLAIN := runs/gemma270m-plain-lora
 PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
 
-# Text-to-LoRA and its controls: an hour for each training, two for the one that reads descriptions.
+# Text-to-LoRA and its controls: about an hour for each training on two cores, more where prompts hold descriptions.
 T2L := configs/t2l_gemma270m_cpu.yaml
 T2L_RUN := runs/t2l-gemma270m
 
