@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
+SERVE_RUN ?= runs/demo
 RANKS ?= 2
 DEEPSPEED = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators $(RANKS)
 RECIPE := configs/demo_gemma270m_cpu.yaml
@@ -19,7 +21,7 @@ PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
 T2L := configs/t2l_gemma270m_cpu.yaml
 T2L_RUN := runs/t2l-gemma270m
 
-.PHONY: setup demo results results-t2l test test-slow test-gpu test-faults lint format bench clean
+.PHONY: setup demo results results-t2l serve-demo test test-slow test-gpu test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -55,6 +57,18 @@ results-t2l: $(READY)
 	  data.description_in_prompt=true
 	$(BIN)/hl-scale evaluate $(T2L_RUN) --control $(T2L_RUN)-lora --prompted $(T2L_RUN)-prompted
 
+# vLLM has an environment of its own: it pins other versions, and training needs none of it.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade pip
+	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt torch
+	$(VLLM)/bin/pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps -e .
+	touch $(VLLM)/.ready
+
+serve-demo: $(VLLM)/.ready
+	HL_SCALE_SERVE_RUN=$(SERVE_RUN) HL_SCALE_SERVE_CACHE=.cache/adapters $(VLLM)/bin/python examples/serve_demo.py
+
 test: $(READY)
 	$(BIN)/python -m pytest
 
@@ -84,4 +98,4 @@ bench: $(READY)
 	$(BIN)/hl-scale bench step
 
 clean:
-	rm -rf $(VENV) .cache runs *.egg-info
+	rm -rf $(VENV) $(VLLM) .cache runs *.egg-info

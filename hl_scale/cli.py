@@ -28,10 +28,12 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration, for example one of configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, read after the file")]
 RunPath = Annotated[Path, typer.Argument(help="run directory of a training")]
-Condition = Annotated[
-    str, typer.Option("--condition", help='"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1})')
-]
+CONDITION_HELP = (
+    '"dialect:NAME", "standard" or "features:FILE.json" ({feature: 0..1}); "task:NAME" or "description:WORDS"'
+)
+Condition = Annotated[str, typer.Option("--condition", help=CONDITION_HELP)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU unless there is none")]
+_ENGINES = ("peft", "vllm", "sglang", "lorax", "llamacpp")
 Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
 
 
@@ -169,39 +171,134 @@ def evaluate(
 @app.command()
 def generate(
     run: RunPath,
-    condition: Condition,
-    out: Annotated[Path, typer.Option(help="directory to write")],
+    out: Annotated[Path, typer.Option(help="directory to write; of many adapters the folder of their directories")],
+    condition: Annotated[str | None, typer.Option(help=CONDITION_HELP)] = None,
+    all_dialects: Annotated[bool, typer.Option("--all-dialects", help="one for each variety of eWAVE")] = False,
+    conditions: Annotated[
+        Path | None, typer.Option(help='many: a file with a line {"name": ..., "condition": ...} for each')
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="plain, or portable: rank and scale that every engine accepts")
+    ] = "plain",
     step: Step = None,
     device: Device = None,
-    force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
+    force: Annotated[bool, typer.Option(help="replace adapters written earlier")] = False,
 ) -> None:
-    """Write the adapter of one condition as a PEFT directory."""
-    from hl_scale.serving import generate_adapter
+    """Write adapters as PEFT directories: of one condition, or of many (what is there already is kept).
 
-    print(f"adapter: {generate_adapter(_load(run, step, device), condition, out, force=force)}")
+    The base's weights are not needed.
+    """
+    from hl_scale.engine.run import load_generator
+    from hl_scale.engine.zero3 import default_device
+    from hl_scale.serving import batch, generate_adapter
+
+    _choose("--profile", profile, ("plain", "portable"))
+    if [condition is not None, all_dialects, conditions is not None].count(True) != 1:
+        raise ValueError("pass one of --condition, --all-dialects and --conditions")
+    loaded = load_generator(run, step, device=device or default_device())
+    chosen: Any = profile
+    if condition is not None:
+        print(f"adapter: {generate_adapter(loaded, condition, out, profile=chosen, force=force)}")
+        return
+    parse = loaded.conditions.parse
+    requests = batch.all_dialects(loaded) if conditions is None else batch.read_requests(conditions, parse)
+    made = batch.generate_adapters(loaded, requests, out, profile=chosen, force=force)
+    print(f"adapters: {made.directory} ({len(made.written)} written, {len(made.kept)} kept)")
+
+
+@app.command()
+def check(
+    adapter: Annotated[Path, typer.Argument(help="PEFT directory, of whatever origin")],
+    engines: Annotated[str, typer.Option(help="of peft, vllm, sglang, lorax and llamacpp")] = ",".join(_ENGINES),
+    base: Annotated[str | None, typer.Option(help="name or directory of the base it must be for")] = None,
+) -> None:
+    """Is an adapter whole, and what do engines make of it? Needs none of them; status 1 if one would refuse it."""
+    from hl_scale.serving.engines import check_engines
+    from hl_scale.serving.validation import validate_adapter
+
+    names = engines.replace(" ", "").split(",")
+    facts = validate_adapter(adapter, base_model_name_or_path=base)
+    findings = list(check_engines(facts, names))
+    print(f"{adapter}: whole and finite, {len(facts.slots)} layers, rank {facts.rank}, scale {facts.scale:g}")
+    for name in names:
+        own = [finding for finding in findings if finding.engine == name]
+        verdict = "no" if any(finding.kind == "problem" for finding in own) else "yes"
+        print(f"{name:9} {verdict}")
+        for finding in own:
+            print(f"          {finding.kind}: {finding.text}  [{finding.source}]")
+    if any(finding.kind == "problem" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
 def export(
     run: RunPath,
     condition: Condition,
-    out: Annotated[Path, typer.Option(help="directory to write")],
+    out: Annotated[Path, typer.Option(help="directory to write, or file with --gguf")],
     merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the base, in 16 bits")] = False,
+    merge_base: Annotated[str, typer.Option(help="dequantized, as trained, or the original weights")] = "dequantized",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    gguf: Annotated[bool, typer.Option("--gguf", help="write the adapter for llama.cpp")] = False,
     step: Step = None,
     device: Device = None,
-    force: Annotated[bool, typer.Option(help="replace a checkpoint written earlier")] = False,
+    force: Annotated[bool, typer.Option(help="replace what was written earlier")] = False,
 ) -> None:
-    """Write a merged checkpoint that transformers loads without this package."""
-    from hl_scale.serving import merge_adapter
+    """Write a merged checkpoint that transformers loads without this package, or an adapter for llama.cpp."""
+    if merged == gguf:
+        raise ValueError("export takes one of --merged and --gguf (a PEFT directory is `hl-scale generate`)")
+    if gguf:
+        from hl_scale.serving.gguf_adapter import export_gguf
 
-    if not merged:
-        raise ValueError("export writes merged checkpoints: add --merged (an adapter alone is `hl-scale generate`)")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"--dtype {dtype} is not one of bfloat16, float16, float32")
-    written: Any = merge_adapter(_load(run, step, device), condition, out, dtype=dtype, force=force)  # type: ignore[arg-type]
+        print(f"adapter: {export_gguf(_load(run, step, device), condition, out, force=force)}")
+        return
+    from hl_scale.serving import merge_adapter
+    from hl_scale.serving.original import difference_table
+
+    _choose("--dtype", dtype, ("bfloat16", "float16", "float32"))
+    _choose("--merge-base", merge_base, ("dequantized", "original"))
+    loaded = _load(run, step, device)
+    written: Any = merge_adapter(loaded, condition, out, dtype=dtype, merge_base=merge_base, force=force)
+    if written.differences:
+        Console(width=None if sys.stdout.isatty() else 160).print(difference_table(written.differences))
     print(f"merged checkpoint: {written.directory}")
-    print(f"  check against the run: {written.check}")
+    print(f"  check against base and adapter unmerged: {written.check}")
+
+
+@app.command()
+def compress(
+    adapters: Annotated[Path, typer.Argument(help="folder of PEFT directories of one rank, scale and base")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    rank: Annotated[int, typer.Option(min=1, help="columns of the bases that the adapters share")] = 64,
+    run: Annotated[Path | None, typer.Option(help="run on the same base: also compares next-token predictions")] = None,
+    texts: Annotated[Path | None, typer.Option(help="with --run: sentences to compare on, one per line")] = None,
+    device: Device = None,
+    force: Annotated[bool, typer.Option(help="replace what was compressed earlier")] = False,
+) -> None:
+    """Replace a set of adapters by shared bases and a small core each; `decompress` gives single ones back."""
+    from hl_scale.serving.compression import compress_adapters
+    from hl_scale.serving.compression_report import probe, render_compression, summary
+
+    if texts is not None and run is None:
+        raise ValueError("--texts needs --run, whose base reads them")
+    loaded = None if run is None else _load(run, None, device)
+    measured: dict[str, Any] = {}
+    measure = None if loaded is None else probe(loaded, texts, measured)
+    made = compress_adapters(adapters, out, rank, measure=measure, force=force)
+    Console(width=None if sys.stdout.isatty() else 120).print(render_compression(made))
+    print("\n".join(summary(made, measured)))
+
+
+@app.command()
+def decompress(
+    compressed: Annotated[Path, typer.Argument(help="directory that `hl-scale compress` wrote")],
+    name: Annotated[str, typer.Argument(help="of the adapter")],
+    out: Annotated[Path, typer.Option(help="PEFT directory to write")],
+    force: Annotated[bool, typer.Option(help="replace an adapter written earlier")] = False,
+) -> None:
+    """Write one adapter of a compressed set as a PEFT directory, of its old rank and scale."""
+    from hl_scale.serving.compression import decompress_adapter, open_compressed
+
+    print(f"adapter: {decompress_adapter(open_compressed(compressed), name, out, force=force)}")
 
 
 @app.command()
@@ -274,6 +371,11 @@ def bench(
 def schema() -> None:
     """Print the JSON schema of a configuration, with the help text of every key."""
     print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option} {value} is not one of {', '.join(choices)}")
 
 
 def _load(directory: Path, step: int | None, device: str | None, base: AdaptedModel | None = None) -> LoadedRun:

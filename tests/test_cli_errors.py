@@ -112,6 +112,11 @@ def test_a_directory_that_is_no_run_is_refused_and_nothing_is_written(
     assert files(config.parent) == ["config.yaml"]
 
 
+@pytest.mark.parametrize("which", [(), ("--condition", "standard", "--all-dialects")])
+def test_generate_takes_one_source_of_conditions(config: Path, error: Any, which: tuple[str, ...]) -> None:
+    assert "one of --condition, --all-dialects and --conditions" in error("generate", "run", "--out", "out", *which)
+
+
 def test_export_without_merged_points_to_generate(config: Path, error: Any) -> None:
     assert "hl-scale generate" in error("export", "run", "--condition", "standard", "--out", "out")
 

@@ -53,3 +53,24 @@ def test_the_lowest_layers_run_where_only_torch_is_installed() -> None:
     run = python(BARE + USE)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "blocked"
+
+
+CHECK = """
+import json, pathlib, sys, torch
+from safetensors.torch import save_file
+directory = pathlib.Path(sys.argv[1])
+path = "base_model.model.model.layers.0.q_proj"
+save_file({f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": torch.ones(3, 2)},
+          directory / "adapter_model.safetensors")
+config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+(directory / "adapter_config.json").write_text(json.dumps(config))
+from hl_scale.serving.engines import check_engines
+from hl_scale.serving.validation import validate_adapter
+print([finding.kind for finding in check_engines(validate_adapter(directory), ["vllm"])])
+"""
+
+
+def test_adapters_are_checked_where_only_torch_and_safetensors_are_installed(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", BARE + CHECK, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"

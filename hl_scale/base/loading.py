@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,15 @@ def _load_random(base: BaseModelConfig, lora: LoraConfig, device: torch.device |
 
 
 def outline_base(base: BaseModelConfig, lora: LoraConfig) -> AdaptedModel:
-    """The base without its weights: every tensor is on the meta device and has the size it would have; for planning.
+    """The base without its weights: every tensor is on the meta device and has the size it would have.
 
     It reads config.json alone, from the model's directory or from the hub, and has no tokenizer.
 
     Raises:
         BaseModelError: there is no configuration to be had, or slots do not exist.
     """
-    model = empty_model(base, model_config(base))
+    config = model_config(base)
+    model = empty_model(base, config)
     dtype = getattr(torch, base.compute_dtype)
     for path, module in list(model.named_modules()):
         if not _is_quantizable(model, module):
@@ -132,7 +134,9 @@ def outline_base(base: BaseModelConfig, lora: LoraConfig) -> AdaptedModel:
     _freeze(model)
     model.to("meta")
     model.tie_weights()
-    return AdaptedModel(model, None, lora, "outline", base)
+    adapted = AdaptedModel(model, None, lora, "outline", base)
+    adapted.from_multimodal = hasattr(config, "text_config")
+    return adapted
 
 
 def model_config(base: BaseModelConfig) -> Any:
@@ -269,6 +273,12 @@ def resolve_model(base: BaseModelConfig) -> Path:
 
 def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name in `model`, tensor) from every safetensors file, one tensor in memory at a time."""
+    for name, read in locate_tensors(directory, model):
+        yield name, read()
+
+
+def locate_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield (name in `model`, function that reads the tensor) for every tensor of the files that the model has."""
     # Some repositories ship the same weights a second time in their authors' own layout.
     files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:
@@ -281,17 +291,20 @@ def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Ten
     for file in files:
         for key in _keys(file):
             name = _match(key, prefix, shapes)
-            if name is None:
-                continue
-            # Opened anew for each tensor: pages of a file that stays mapped count as memory of the process.
-            with safe_open(file, framework="pt") as shard:
-                tensor = shard.get_tensor(key)
-            if tensor.shape != shapes[name]:
-                raise BaseModelError(
-                    f"{file}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shapes[name])}"
-                    "\n  fix: weights and config.json must come from the same model"
-                )
-            yield name, tensor
+            if name is not None:
+                yield name, partial(_read, file, key, shapes[name])
+
+
+def _read(file: Path, key: str, shape: torch.Size) -> Tensor:
+    # Opened anew for each tensor: pages of a file that stays mapped count as memory of the process.
+    with safe_open(file, framework="pt") as shard:
+        tensor = shard.get_tensor(key)
+    if tensor.shape != shape:
+        raise BaseModelError(
+            f"{file}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}"
+            "\n  fix: weights and config.json must come from the same model"
+        )
+    return tensor
 
 
 def _keys(file: Path) -> list[str]:

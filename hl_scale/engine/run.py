@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hl_scale.base import AdaptedModel, load_base
+from hl_scale.base.loading import outline_base
 from hl_scale.config import Config, ConfigError, dump_config, load_config
 from hl_scale.data.durable import write_text
 from hl_scale.engine import checkpoint
@@ -73,7 +74,49 @@ def load_run(
         ConfigError: not a run directory, or it has no checkpoint yet.
         CheckpointError: damaged, or trained on another base.
     """
-    directory = Path(directory)
+    config, found = _open_run(Path(directory), step)
+    base = load_base(config.base, config.lora, device) if base is None else base
+    if found.manifest.base_fingerprint != base.fingerprint:
+        raise checkpoint.CheckpointError(
+            f"{found.directory} was trained on base {found.manifest.base_fingerprint[:12]}, but base.model "
+            f"now gives {base.fingerprint[:12]}\n"
+            "  fix: restore the model revision or the quantisation settings of that run"
+        )
+    return _loaded_run(Path(directory), config, found, base, device)
+
+
+def load_generator(
+    directory: str | os.PathLike[str],
+    step: int | None = None,
+    model: str | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedRun:
+    """Open a run directory to generate adapters alone: the base is an outline, without weights and tokenizer.
+
+    Slots come from the base's config.json and the fingerprint from the checkpoint: nobody looks whether the base's
+    weights are still those. Only where the base itself encodes descriptions is it loaded whole.
+
+    Args:
+        directory: run directory.
+        step: checkpoint to use; the newest that verifies unless given.
+        model: directory or hub id whose config.json tells the slots; the run's own `base.model` unless given.
+        device: where to put the hypernetwork.
+
+    Raises:
+        ConfigError: not a run directory, or it has no checkpoint yet.
+        CheckpointError: damaged, or for slots of other shapes than the model's.
+        BaseModelError: no configuration of the base can be had, or it lacks a target module.
+    """
+    config, found = _open_run(Path(directory), step)
+    if config.data.kind == "tasks" and config.conditions.encoder == "base" and config.conditions.kind != "one_hot":
+        return load_run(directory, found.step, device=device)
+    named = config.base if model is None else config.base.model_copy(update={"model": model})
+    base = outline_base(named, config.lora)
+    base.fingerprint = found.manifest.base_fingerprint
+    return _loaded_run(Path(directory), config, found, base, device)
+
+
+def _open_run(directory: Path, step: int | None) -> tuple[Config, checkpoint.Checkpoint]:
     if not (directory / "config.yaml").is_file():
         raise ConfigError(
             f"{directory} is not a run directory (no config.yaml)\n  fix: pass the run.directory of a training"
@@ -84,13 +127,12 @@ def load_run(
         raise ConfigError(f"{directory} has no usable checkpoint. {' '.join(problems)}\n  fix: train it first")
     for problem in problems:
         logging.getLogger(__name__).warning("checkpoint passed over, step %d is used: %s", found.step, problem)
-    base = load_base(config.base, config.lora, device) if base is None else base
-    if found.manifest.base_fingerprint != base.fingerprint:
-        raise checkpoint.CheckpointError(
-            f"{found.directory} was trained on base {found.manifest.base_fingerprint[:12]}, but base.model "
-            f"now gives {base.fingerprint[:12]}\n"
-            "  fix: restore the model revision or the quantisation settings of that run"
-        )
+    return config, found
+
+
+def _loaded_run(
+    directory: Path, config: Config, found: checkpoint.Checkpoint, base: AdaptedModel, device: torch.device | str
+) -> LoadedRun:
     whole = config.hypernetwork.model_copy(update={"generate_per_block": False})
     conditions = open_conditions(config, base)
     hypernetwork = build_hypernetwork(whole, config.lora, base.slots, conditions.size)

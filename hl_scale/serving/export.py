@@ -6,11 +6,14 @@ PEFT multiplies B(Ax) by lora_alpha / r, or by lora_alpha / sqrt(r) with ``use_r
     alpha_over_sqrt_rank  lora_alpha = alpha, use_rslora
     one                   lora_alpha = r
 
-so the factors are stored as generated and their numbers are never touched.
+so the factors are stored as generated and their numbers are never touched. The profile "portable" is for engines that
+know less: ranks are padded with zeros to one that all of them accept, and the scale becomes a plain lora_alpha =
+s * r', exactly, as r' is a power of two.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,23 +22,33 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 import hl_scale
 from hl_scale.base.loading import resolve_model
 from hl_scale.conditions import typology
 from hl_scale.config import BaseModelConfig, LoraConfig
+from hl_scale.data.peft_directory import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from hl_scale.hypernetwork.fingerprint import weights_fingerprint
 from hl_scale.lora import LoraFactors, Slot, lora_scale
-from hl_scale.serving.staging import PROVENANCE_FILE, check_replaceable, staged_directory
+from hl_scale.serving.engines import portable_rank
+from hl_scale.serving.shards import TensorSource, write_safetensors
+from hl_scale.serving.staging import check_replaceable, staged_directory
 
 if TYPE_CHECKING:
     from hl_scale.engine.run import LoadedRun
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+Profile = Literal["plain", "portable"]
+
+_IN_HEADER = (
+    "condition", "condition_sha256", "hypernetwork_fingerprint", "base_model", "base_revision", "base_fingerprint",
+    "data_fingerprint", "scale", "hl_scale",
+)  # fmt: skip
+"""Facts that the tensor file carries in its header: what tells one adapter from another, and nothing of the moment, so
+that the same adapter is the same bytes."""
 
 
 class ExportError(ValueError):
@@ -49,6 +62,7 @@ def generate_adapter(
     *,
     base_model_name_or_path: str | None = None,
     facts: Mapping[str, Any] | None = None,
+    profile: Profile = "plain",
     force: bool = False,
 ) -> Path:
     """Generate the adapter of one condition and write it as a PEFT directory.
@@ -60,6 +74,7 @@ def generate_adapter(
         directory: where to write; must not exist unless ``force``.
         base_model_name_or_path: what the adapter names as its base; the run's own base unless given.
         facts: JSON-serialisable additions to its provenance.
+        profile: see `write_peft_adapter`.
         force: replace a directory that hl_scale wrote earlier.
 
     Returns:
@@ -69,24 +84,37 @@ def generate_adapter(
         ValueError: an unknown condition, a directory in the way, or factors that are not finite.
     """
     check_replaceable(directory, force=force)
+    base = base_arguments(run, base_model_name_or_path)
+    parsed, factors = generate_factors(run, condition)
+    return write_peft_adapter(
+        factors,
+        directory,
+        lora=run.config.lora,
+        provenance={**run_provenance(run, parsed), **(facts or {})},
+        profile=profile,
+        force=force,
+        **base,
+    )
+
+
+def base_arguments(run: LoadedRun, base_model_name_or_path: str | None = None) -> dict[str, Any]:
+    """What `peft_config` is to be told of a run's base.
+
+    Raises:
+        ValueError: adapters of this base would not be applied, and no other base is named.
+    """
     base = run.config.base
     if run.base.from_multimodal and base_model_name_or_path is None:
         raise ValueError(
             f"{base.model} is a multimodal checkpoint: its language model's layers have other paths there, and PEFT "
             "would apply nothing\n  fix: write a merged checkpoint instead (hl-scale export --merged)"
         )
-    parsed, factors = generate_factors(run, condition)
-    return write_peft_adapter(
-        factors,
-        directory,
-        base_model_name_or_path=base_model_name_or_path or base_reference(base),
-        lora=run.config.lora,
-        task_type="CAUSAL_LM" if run.base.has_head else "FEATURE_EXTRACTION",
-        provenance={**run_provenance(run, parsed), **(facts or {})},
-        revision=base.revision,
-        module_paths=[path for path, _ in run.base.model.named_modules()],
-        force=force,
-    )
+    return {
+        "base_model_name_or_path": base_model_name_or_path or base_reference(base),
+        "task_type": "CAUSAL_LM" if run.base.has_head else "FEATURE_EXTRACTION",
+        "revision": base.revision,
+        "module_paths": [path for path, _ in run.base.model.named_modules()],
+    }
 
 
 def write_peft_adapter(
@@ -99,6 +127,7 @@ def write_peft_adapter(
     provenance: Mapping[str, Any],
     revision: str | None = None,
     module_paths: Collection[str] | None = None,
+    profile: Profile = "plain",
     force: bool = False,
 ) -> Path:
     """Write the factors of one condition as a PEFT directory.
@@ -113,21 +142,49 @@ def write_peft_adapter(
         revision: hub revision of the base.
         module_paths: all module paths of the base. With them ``target_modules`` is a short list of suffixes wherever
             these select the slots and nothing else; without them it lists full paths.
+        profile: "plain" stores the factors as they are; "portable" pads them with zeros to the next rank of 8, 16, 32,
+            64 and 128, and states the scale as lora_alpha / r. The update is the same.
         force: replace a directory that hl_scale wrote earlier.
 
     Raises:
         ExportError: more than one condition, a rank or scale that disagrees with ``lora``, or non-finite factors.
         OutputError: the directory exists and may not be replaced.
     """
-    _check(factors, lora)
-    config = {
+    check_factors(factors, lora)
+    config = peft_config(
+        factors.slots,
+        lora,
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
+        revision=revision,
+        module_paths=module_paths,
+        profile=profile,
+    )
+    with staged_directory(directory, force=force) as staging:
+        write_adapter_files(staging, factors, config, {**provenance, **scale_facts(lora, factors.scale, profile)})
+    return Path(directory)
+
+
+def peft_config(
+    slots: Collection[Slot],
+    lora: LoraConfig,
+    *,
+    base_model_name_or_path: str,
+    task_type: str,
+    revision: str | None = None,
+    module_paths: Collection[str] | None = None,
+    profile: Profile = "plain",
+) -> dict[str, Any]:
+    """adapter_config.json of adapters for these slots; arguments as of `write_peft_adapter`."""
+    rank = portable_rank(lora.rank) if profile == "portable" else lora.rank
+    return {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model_name_or_path,
         "revision": revision,
-        "r": factors.rank,
-        "target_modules": target_modules(factors.slots, module_paths),
-        **_peft_scale(lora, factors.rank),
+        "r": rank,
+        "target_modules": target_modules(slots, module_paths),
+        **_peft_scale(lora, rank, profile),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -135,16 +192,33 @@ def write_peft_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with staged_directory(directory, force=force) as staging:
-        tensors = peft_tensors(factors)
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        digest = hashlib.sha256((staging / WEIGHTS_FILE).read_bytes()).hexdigest()
-        facts = {**provenance, "scale_convention": lora.scale_convention, "scale": factors.scale}
-        facts = {**facts, "files": {WEIGHTS_FILE: {"sha256": digest}}}
-        write_json(staging / CONFIG_FILE, config)
-        write_json(staging / PROVENANCE_FILE, facts)
-        (staging / "README.md").write_text(_adapter_card(config, facts), encoding="utf-8")
-    return Path(directory)
+
+
+def write_adapter_files(
+    directory: Path, factors: LoraFactors, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write the files of a PEFT directory into an existing one, which the caller makes visible when they are complete.
+
+    Args:
+        directory: an empty directory.
+        factors: E = 1; padded with zeros to the rank of ``config``.
+        config: content of adapter_config.json.
+        facts: provenance; the digest of the weights is added.
+    """
+    header = {name: str(facts[name]) for name in _IN_HEADER if facts.get(name) is not None}
+    tensors = peft_tensors(factors if factors.rank == config["r"] else pad_rank(factors, config["r"]))
+    sources = [TensorSource.of(name, tensor) for name, tensor in tensors.items()]
+    write_safetensors(directory / WEIGHTS_FILE, sources, header)
+    digest = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
+    facts = {**facts, "files": {WEIGHTS_FILE: {"sha256": digest}}}
+    write_json(directory / CONFIG_FILE, config)
+    write_json(directory / PROVENANCE_FILE, facts)
+    (directory / "README.md").write_text(_adapter_card(config, facts), encoding="utf-8")
+
+
+def scale_facts(lora: LoraConfig, scale: float, profile: Profile = "plain") -> dict[str, Any]:
+    """What provenance says about rank and scale."""
+    return {"scale_convention": lora.scale_convention, "scale": scale, "rank": lora.rank, "profile": profile}
 
 
 def peft_tensors(factors: LoraFactors) -> dict[str, torch.Tensor]:
@@ -155,6 +229,16 @@ def peft_tensors(factors: LoraFactors) -> dict[str, torch.Tensor]:
         tensors[f"{prefix}.lora_A.weight"] = factors.a[slot.path][0].detach().cpu().clone().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = factors.b[slot.path][0].detach().cpu().clone().contiguous()
     return tensors
+
+
+def pad_rank(factors: LoraFactors, rank: int) -> LoraFactors:
+    """The same update with more rows in A and columns in B, all zero."""
+    more = rank - factors.rank
+    return dataclasses.replace(
+        factors,
+        a={path: pad(a, (0, 0, 0, more)) for path, a in factors.a.items()},
+        b={path: pad(b, (0, more)) for path, b in factors.b.items()},
+    )
 
 
 def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None) -> list[str]:
@@ -174,7 +258,7 @@ def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None
 def generate_factors(run: LoadedRun, condition: str) -> tuple[typology.Condition, LoraFactors]:
     """Parse a condition and generate its factors (E = 1)."""
     parsed = run.conditions.parse(condition)
-    device = next(run.base.model.parameters()).device
+    device = next(run.hypernetwork.parameters()).device
     with torch.no_grad():
         factors = run.hypernetwork(torch.tensor(parsed.vector)[None].float().to(device))
     return parsed, factors
@@ -190,12 +274,13 @@ def base_reference(base: BaseModelConfig) -> str:
 def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, Any]:
     """What an exported directory says about where it comes from."""
     return {
-        "condition": condition.name,
-        "condition_sha256": hashlib.sha256(condition.vector.astype("<f4").tobytes()).hexdigest(),
+        **condition_facts(condition),
         "run": Path(run.directory).resolve().name,
         "step": run.step,
         "seed": run.config.run.seed,
         "hypernetwork": run.config.hypernetwork.kind,
+        "hypernetwork_fingerprint": weights_fingerprint(run.hypernetwork),
+        "data_fingerprint": run.data_fingerprint,
         "base_model": run.config.base.model,
         "base_revision": run.config.base.revision,
         "base_fingerprint": run.base.fingerprint,
@@ -208,12 +293,21 @@ def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, A
     }
 
 
+def condition_facts(condition: typology.Condition) -> dict[str, Any]:
+    """The part of `run_provenance` that differs between the adapters of a run."""
+    return {
+        "condition": condition.name,
+        "condition_sha256": hashlib.sha256(condition.vector.astype("<f4").tobytes()).hexdigest(),
+    }
+
+
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Indented JSON with a final newline."""
     path.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _check(factors: LoraFactors, lora: LoraConfig) -> None:
+def check_factors(factors: LoraFactors, lora: LoraConfig) -> None:
+    """Raise `ExportError` unless these are the finite factors of one adapter that `lora` describes."""
     if factors.conditions != 1:
         raise ExportError(
             f"a PEFT directory holds one adapter, got factors of {factors.conditions} conditions\n"
@@ -227,6 +321,11 @@ def _check(factors: LoraFactors, lora: LoraConfig) -> None:
             f"the factors have scale {factors.scale}, but lora.scale_convention {lora.scale_convention!r} with "
             f"alpha {lora.alpha} and rank {lora.rank} gives {expected}"
         )
+    check_finite(factors)
+
+
+def check_finite(factors: LoraFactors) -> None:
+    """Raise `ExportError` if factors hold NaN or infinity."""
     broken = [
         slot.path
         for slot in factors.slots
@@ -239,12 +338,11 @@ def _check(factors: LoraFactors, lora: LoraConfig) -> None:
         )
 
 
-def _peft_scale(lora: LoraConfig, rank: int) -> dict[str, Any]:
-    alpha = float(rank) if lora.scale_convention == "one" else lora.alpha
-    return {
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "use_rslora": lora.scale_convention == "alpha_over_sqrt_rank",
-    }
+def _peft_scale(lora: LoraConfig, rank: int, profile: Profile) -> dict[str, Any]:
+    stabilised = lora.scale_convention == "alpha_over_sqrt_rank" and profile == "plain"
+    plain = profile == "portable" or lora.scale_convention == "one"
+    alpha = lora_scale(lora.scale_convention, lora.alpha, lora.rank) * rank if plain else lora.alpha
+    return {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "use_rslora": stabilised}
 
 
 def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -257,7 +355,13 @@ def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     )
     if facts.get("hypernetwork") == "plain_lora":
         origin = "for all conditions alike, trained by hl_scale"
-    if "task" in facts:
+    if "shared_basis_rank" in facts:
+        origin = (
+            f"restored from bases of rank {facts['shared_basis_rank']} that it shared with "
+            f"{facts['shared_basis_adapters'] - 1} others (relative error of\nits updates "
+            f"{facts['shared_basis_error']:.2g}); the original was trained"
+        )
+    elif "task" in facts:
         origin = f"for the task {facts['task']} alone, trained by hl_scale"
     return f"""---
 library_name: peft

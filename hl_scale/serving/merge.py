@@ -1,18 +1,19 @@
 """Merge a generated adapter into a 16-bit checkpoint that any engine serves without knowing about adapters.
 
-The base is the dequantised 4-bit base, W = dequantise(NF4), because that is what the adapter was trained on; merging
-into the original 16-bit weights would add the quantisation error back, and re-quantising the merged weights can erase
-the adapter. W + s B A is computed in float32 and rounded once. Tensors are streamed: writing needs the 4-bit model plus
-one tensor; only the final comparison holds the merged model as well.
+The base is the dequantised 4-bit base, W = dequantise(NF4), because that is what the adapter was trained on; or, when
+asked for, the original 16-bit weights, which adds the quantisation error back: `original` says by how much. Merged
+weights are never quantised again, which can erase the adapter. W + s B A is computed in float32 and rounded once.
+Tensors are streamed: writing needs the 4-bit model plus one tensor; only the final comparison holds whole models.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,14 @@ from torch import Tensor, nn
 from hl_scale.base.adapted import AdaptedModel
 from hl_scale.lora import LoraFactors
 from hl_scale.serving.export import ExportError, facts_table, generate_factors, run_provenance, write_json
+from hl_scale.serving.original import (
+    LayerDifference,
+    Read,
+    layer_difference,
+    load_original,
+    original_tensors,
+    warn_of_differences,
+)
 from hl_scale.serving.shards import TensorSource, write_sharded
 from hl_scale.serving.staging import PROVENANCE_FILE, check_replaceable, staged_directory
 
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from hl_scale.engine.run import LoadedRun
 
 MergedDtype = Literal["bfloat16", "float16", "float32"]
+MergeBase = Literal["dequantized", "original"]
 
 MAXIMUM_RELATIVE_DIFFERENCE = 0.05
 """Bound on rms(merged - adapted) / rms(adapted) of the probe outputs: rounding stays well below it."""
@@ -44,10 +54,12 @@ PROBE_TEXTS = (
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """How far the reloaded checkpoint is from the run's model on the probe sentences, in the run's compute dtype.
+    """How far the reloaded checkpoint is from base and adapter unmerged on the probe sentences, in the compute dtype.
 
-    ``output`` says what was compared: logits, or the hidden states of an encoder. ``adapter_effect`` is the largest
-    change the adapter itself makes to the same numbers: rounding is harmless as long as it stays far below.
+    The base here is that of the merge: the run's own, or the original one. ``output`` says what was compared: logits,
+    or the hidden states of an encoder. ``adapter_effect`` is the largest change the adapter itself makes to the same
+    numbers: rounding is harmless as long as it stays far below. ``difference_from_run`` is what another base than the
+    run's does, relative to the size of the outputs; None where there is no other.
     """
 
     output: str
@@ -55,15 +67,20 @@ class MergeCheck:
     relative_difference: float
     top1_agreement: float | None
     adapter_effect: float
+    difference_from_run: float | None = None
 
 
 @dataclass(frozen=True)
 class MergedCheckpoint:
-    """A merged checkpoint on disk: where it is, its weight files and the comparison that let it through."""
+    """A merged checkpoint on disk: where it is, its weight files and the comparison that let it through.
+
+    ``differences`` compares quantisation with the adapter, layer by layer; empty unless merged into the original base.
+    """
 
     directory: Path
     files: tuple[str, ...]
     check: MergeCheck
+    differences: tuple[LayerDifference, ...] = ()
 
 
 def merge_adapter(
@@ -72,6 +89,7 @@ def merge_adapter(
     directory: str | os.PathLike[str],
     *,
     dtype: MergedDtype = "bfloat16",
+    merge_base: MergeBase = "dequantized",
     max_shard_bytes: int = 5 * 10**9,
     force: bool = False,
     progress: bool = True,
@@ -84,6 +102,8 @@ def merge_adapter(
         directory: where to write; must not exist unless ``force``. Appears whole or not at all, and only after
             transformers has loaded it and its outputs were compared with the run's.
         dtype: type of the merged weights.
+        merge_base: "dequantized", the 4-bit base that the adapter was trained on, or "original", the weights that were
+            quantised, read again from their checkpoint.
         max_shard_bytes: bound on a weight file.
         force: replace a directory that hl_scale wrote earlier.
         progress: show a progress bar.
@@ -92,32 +112,46 @@ def merge_adapter(
         The checkpoint and its check.
 
     Raises:
-        ExportError: a weight leaves the range of ``dtype``, or the reloaded model does not reproduce the run's.
+        ExportError: a weight leaves the range of ``dtype``, or the reloaded model does not reproduce base and adapter.
         ValueError: an unknown condition, or a directory in the way.
     """
     check_replaceable(directory, force=force)
     parsed, factors = generate_factors(run, condition)
     target_dtype = getattr(torch, dtype)
-    sources = merged_tensors(run.base, factors, target_dtype)
+    originals = original_tensors(run.config.base) if merge_base == "original" else {}
+    differences: list[LayerDifference] = []
+    sources = merged_tensors(run.base, factors, target_dtype, originals, differences.append)
     with staged_directory(directory, force=force) as staging:
         with _progress_bar(sum(source.nbytes for source in sources), progress) as advance:
             files = write_sharded(staging, sources, max_shard_bytes, advance)
         _write_configuration(run.base, staging, target_dtype)
-        check = check_merged(run.base, factors, staging)
-        facts = {**run_provenance(run, parsed), "dtype": dtype, "scale": factors.scale, "check": asdict(check)}
+        reference = load_original(run.config) if merge_base == "original" else None
+        check = check_merged(run.base, factors, staging, reference)
+        facts = {**run_provenance(run, parsed), "merge_base": merge_base, "dtype": dtype, "scale": factors.scale}
+        facts |= {"check": asdict(check), "differences": [asdict(difference) for difference in differences]}
         write_json(staging / PROVENANCE_FILE, facts)
         (staging / "README.md").write_text(_model_card(facts, check), encoding="utf-8")
-    return MergedCheckpoint(Path(directory), tuple(files), check)
+    warn_of_differences(differences)
+    return MergedCheckpoint(Path(directory), tuple(files), check, tuple(differences))
 
 
-def merged_tensors(base: AdaptedModel, factors: LoraFactors, dtype: torch.dtype) -> list[TensorSource]:
+def merged_tensors(
+    base: AdaptedModel,
+    factors: LoraFactors,
+    dtype: torch.dtype,
+    originals: Mapping[str, Read] | None = None,
+    differs: Callable[[LayerDifference], None] = lambda difference: None,
+) -> list[TensorSource]:
     """Every tensor of the merged checkpoint under its transformers name; tied tensors once.
 
     Args:
         base: the adapted model; its weights must be whole on this process.
         factors: E = 1.
         dtype: of floating-point tensors.
+        originals: name -> the tensor to take instead of the one that the base holds.
+        differs: called for each slot with an original weight, when it is produced.
     """
+    originals = originals or {}
     linears = base.linears
     scaled = {slot.path: (factors.a[slot.path][0], factors.b[slot.path][0]) for slot in factors.slots}
     sources: list[TensorSource] = []
@@ -127,7 +161,9 @@ def merged_tensors(base: AdaptedModel, factors: LoraFactors, dtype: torch.dtype)
         if path in linears:
             shape = (linears[path].out_features, linears[path].in_features)
             name = f"{prefix}weight"
-            produce = _merged_weight(linears[path], scaled.get(path), factors.scale, dtype, name)
+            produce = _merged_weight(
+                path, linears[path], scaled.get(path), factors.scale, dtype, originals.get(name), differs
+            )
             sources.append(TensorSource(name, shape, dtype, produce))
         for attribute, tensor in _own_tensors(module, is_linear=path in linears):
             if id(tensor) in done or tensor.device.type == "meta":
@@ -135,16 +171,60 @@ def merged_tensors(base: AdaptedModel, factors: LoraFactors, dtype: torch.dtype)
             done.add(id(tensor))
             target = dtype if tensor.is_floating_point() else tensor.dtype
             name = f"{prefix}{attribute}"
-            sources.append(TensorSource(name, tuple(tensor.shape), target, _cast(tensor, target, name)))
+            read = originals.get(name, partial(tensor.detach))
+            sources.append(TensorSource(name, tuple(tensor.shape), target, _cast(read, target, name)))
     return sources
 
 
-def check_merged(base: AdaptedModel, factors: LoraFactors, directory: Path) -> MergeCheck:
-    """Load a merged checkpoint with transformers and compare it with the run's model on `PROBE_TEXTS`.
+def check_merged(
+    base: AdaptedModel, factors: LoraFactors, directory: Path, reference: AdaptedModel | None = None
+) -> MergeCheck:
+    """Load a merged checkpoint with transformers and compare it with base and adapter unmerged on `PROBE_TEXTS`.
+
+    Args:
+        base: the run's.
+        factors: E = 1.
+        directory: the checkpoint.
+        reference: the base that was merged into, if it is not the run's.
 
     Raises:
         ExportError: tensors are missing or left over, or the outputs differ by more than rounding.
     """
+    merged, inputs = _reload(base, directory)
+    keep = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = _forward(reference or base)(**inputs, factors=factors)[keep].float()
+        bare = _forward(reference or base)(**inputs, factors=None)[keep].float()
+        found = merged(**inputs)
+        found = (found.logits if base.has_head else found.last_hidden_state)[keep].float()
+        trained = None if reference is None else _forward(base)(**inputs, factors=factors)[keep].float()
+    check = MergeCheck(
+        output="logits" if base.has_head else "hidden states",
+        max_difference=(found - expected).abs().max().item(),
+        relative_difference=_relative(found, expected),
+        top1_agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item() if base.has_head else None,
+        adapter_effect=(bare - expected).abs().max().item(),
+        difference_from_run=None if trained is None else _relative(found, trained),
+    )
+    if not check.relative_difference <= MAXIMUM_RELATIVE_DIFFERENCE:
+        raise ExportError(
+            f"the merged checkpoint does not reproduce base and adapter: {check.output} differ by up to "
+            f"{check.max_difference:.3g} ({check.relative_difference:.1%} rms, at most "
+            f"{MAXIMUM_RELATIVE_DIFFERENCE:.0%} is rounding); nothing was written"
+        )
+    return check
+
+
+def _forward(base: AdaptedModel) -> Callable[..., Tensor]:
+    return base.logits if base.has_head else base.hidden_states
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def _reload(base: AdaptedModel, directory: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The merged model as transformers loads it, in the run's dtype, and the probe batch."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     parameter = next(parameter for parameter in base.model.parameters() if parameter.is_floating_point())
@@ -162,29 +242,7 @@ def check_merged(base: AdaptedModel, factors: LoraFactors, directory: Path) -> M
         )
     encoded = base.tokenizer(list(PROBE_TEXTS), padding=True, padding_side="right", return_tensors="pt")
     inputs = {key: encoded[key].to(parameter.device) for key in ("input_ids", "attention_mask")}
-    run_forward = base.logits if base.has_head else base.hidden_states
-    merged = merged.to(parameter.device).eval()
-    keep = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        expected = run_forward(**inputs, factors=factors)[keep].float()
-        bare = run_forward(**inputs, factors=None)[keep].float()
-        found = merged(**inputs)
-        found = (found.logits if base.has_head else found.last_hidden_state)[keep].float()
-    difference = found - expected
-    check = MergeCheck(
-        output="logits" if base.has_head else "hidden states",
-        max_difference=difference.abs().max().item(),
-        relative_difference=(difference.square().mean() / expected.square().mean()).sqrt().item(),
-        top1_agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item() if base.has_head else None,
-        adapter_effect=(bare - expected).abs().max().item(),
-    )
-    if not check.relative_difference <= MAXIMUM_RELATIVE_DIFFERENCE:
-        raise ExportError(
-            f"the merged checkpoint does not reproduce the run: {check.output} differ by up to "
-            f"{check.max_difference:.3g} ({check.relative_difference:.1%} rms, at most "
-            f"{MAXIMUM_RELATIVE_DIFFERENCE:.0%} is rounding); nothing was written"
-        )
-    return check
+    return merged.to(parameter.device).eval(), inputs
 
 
 def _own_tensors(module: nn.Module, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
@@ -200,24 +258,35 @@ def _own_tensors(module: nn.Module, is_linear: bool) -> Iterator[tuple[str, Tens
 
 
 def _merged_weight(
-    linear: Any, factors: tuple[Tensor, Tensor] | None, scale: float, dtype: torch.dtype, name: str
+    path: str,
+    linear: Any,
+    factors: tuple[Tensor, Tensor] | None,
+    scale: float,
+    dtype: torch.dtype,
+    read: Read | None,
+    differs: Callable[[LayerDifference], None],
 ) -> Callable[[], Tensor]:
     def produce() -> Tensor:
-        weight = linear.dense_weight(torch.float32)
+        held = linear.dense_weight(torch.float32)
+        weight = held if read is None else read().to(held)
         if factors is not None:
             a, b = factors
+            if read is not None:
+                differs(layer_difference(path, weight, held, a, b, scale))
             weight = torch.addmm(weight, b.float(), a.float(), alpha=scale)
-        return _in_range(weight.to(dtype), name)
+        return _in_range(weight.to(dtype), f"{path}.weight")
 
     return produce
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
-    return lambda: _in_range(tensor.detach().to(dtype), name)
+def _cast(read: Read, dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
+    return lambda: _in_range(read().to(dtype), name)
 
 
 def _in_range(tensor: Tensor, name: str) -> Tensor:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    # In parts: the temporary values of a whole embedding would be larger than itself.
+    parts = tensor.reshape(-1).split(2**22) if tensor.is_floating_point() else ()
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise ExportError(
             f"{name} holds NaN or infinity as {tensor.dtype}; nothing was written\n"
             "  fix: merge in bfloat16, whose range is that of float32; if it is still there, use an earlier checkpoint"
@@ -239,6 +308,12 @@ def _write_configuration(base: AdaptedModel, directory: Path, dtype: torch.dtype
     base.tokenizer.save_pretrained(directory)
 
 
+_BASES = {
+    "dequantized": "the dequantised base that the adapter was trained on",
+    "original": "the original base, not the 4-bit one that the adapter was trained on",
+}
+
+
 def _model_card(facts: dict[str, Any], check: MergeCheck) -> str:
     agreement = "" if check.top1_agreement is None else f", same first token at {check.top1_agreement:.1%} of positions"
     return f"""---
@@ -248,9 +323,10 @@ tags: [hypernetwork, merged-lora, hl_scale]
 
 # {facts["base_model"]} merged with the adapter for {facts["condition"]}
 
-{facts["dtype"]} weights: the dequantised base that the adapter was trained on, plus the adapter, rounded once. On probe
-sentences the {check.output} differ from the unmerged model's by at most {check.max_difference:.3g}{agreement}; the
-adapter itself moves them by up to {check.adapter_effect:.3g}. The licence is that of the base model.
+{facts["dtype"]} weights: {_BASES[facts["merge_base"]]}, plus the adapter, rounded once.
+On probe sentences the {check.output} differ from those of base and adapter unmerged by at most
+{check.max_difference:.3g}{agreement}; the adapter itself moves them by up to {check.adapter_effect:.3g}.
+The licence is that of the base model.
 
 {facts_table(facts)}
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,11 @@ class TensorSource:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> TensorSource:
+        """A tensor at hand."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
 
 def write_sharded(
     directory: Path,
@@ -67,7 +72,7 @@ def write_sharded(
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard, advance)
+        write_safetensors(directory / name, shard, advance=advance)
     if len(shards) > 1:
         weight_map = {source.name: name for name, shard in zip(names, shards, strict=True) for source in shard}
         index = {"metadata": {"total_size": sum(source.nbytes for source in sources)}, "weight_map": weight_map}
@@ -90,9 +95,20 @@ def plan_shards(sources: Sequence[TensorSource], max_shard_bytes: int) -> list[l
     return shards
 
 
-def _write_file(path: Path, sources: Iterable[TensorSource], advance: Callable[[int], None]) -> None:
+def write_safetensors(
+    path: Path,
+    sources: Iterable[TensorSource],
+    metadata: Mapping[str, str] | None = None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Write one file; the same tensors and metadata give the same bytes.
+
+    Raises:
+        ValueError: a source produces another shape or dtype than it announced.
+        OSError: the file exists, or cannot be written.
+    """
     sources = list(sources)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for source in sources:
         header[source.name] = {
@@ -114,4 +130,5 @@ def _write_file(path: Path, sources: Iterable[TensorSource], advance: Callable[[
                     f"produced as {tensor.dtype} {tuple(tensor.shape)}"
                 )
             file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next one is produced
             advance(source.nbytes)

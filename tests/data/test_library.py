@@ -314,15 +314,15 @@ def test_numbers_that_are_not_finite_are_refused_when_they_are_read(library: Pat
         edit_tensors(library / name, lambda tensors: tensors[sorted(tensors)[2]].view(-1)[3:4].fill_(value))
     opened = Library(library, SLOTS)
     opened.read("antonyms")
-    message = rf"{library}/plurals holds NaN or infinity in 1 of 4 tensors, first of {SLOTS[1].path}"
+    message = rf"{library}/plurals: holds NaN or infinity in 1 of 4 tensors, first of {SLOTS[1].path}"
     with pytest.raises(LibraryError, match=rf"{message}\n  fix"):
         opened.read("plurals")
-    with pytest.raises(LibraryError, match=rf"{message}\n  {library}/sorting holds NaN"):
+    with pytest.raises(LibraryError, match=rf"{message}\n  {library}/sorting: holds NaN"):
         opened.statistics(TASKS)
 
 
 def test_a_file_damaged_after_opening_is_named(library: Path) -> None:
     opened = Library(library, SLOTS)
     truncate(library / "plurals")
-    with pytest.raises(LibraryError, match=rf"{library}/plurals/adapter_model.safetensors cannot be read.*\n  fix"):
+    with pytest.raises(LibraryError, match=rf"{library}/plurals: adapter_model.safetensors cannot be read.*\n  fix"):
         opened.read("plurals")

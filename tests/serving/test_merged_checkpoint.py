@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from hl_scale.base import load_base
 from hl_scale.config import LoraConfig
 from hl_scale.serving import ExportError, OutputError, merge_adapter
 from hl_scale.serving.export import generate_factors
+from hl_scale.serving.original import difference_table
 from hl_scale.serving.shards import TensorSource, plan_shards, write_sharded
 
 CONDITION = "dialect:Nigerian English"
@@ -65,6 +68,95 @@ def test_an_encoder_is_merged_and_compared_by_its_hidden_states(make_run, probe,
     with torch.no_grad():
         ours = run.base.hidden_states(**probe, factors=generate_factors(run, CONDITION)[1])[keep]
         assert (model(**probe).last_hidden_state[keep] - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+@pytest.fixture
+def original_run(make_run, build_model, tmp_path):
+    """A run whose base was loaded from a checkpoint on disk, as `make_run` has it otherwise."""
+
+    def make(architecture):
+        run = make_run(architecture)
+        torch.manual_seed(5)
+        model = build_model(architecture)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(std=0.5 if name.endswith("norm.weight") else 0.08)
+        model.save_pretrained(tmp_path / "original")
+        run.base.tokenizer.save_pretrained(tmp_path / "original")
+        base_config = run.config.base.model_copy(update={"model": str(tmp_path / "original")})
+        run.config = run.config.model_copy(update={"base": base_config})
+        run.base = load_base(base_config, run.config.lora)
+        return run, model.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "llama"])
+def test_merged_into_the_original_base_it_is_the_original_and_the_update(original_run, probe, tmp_path, architecture):
+    run, model = original_run(architecture)
+    merged = merge_adapter(run, CONDITION, tmp_path / "merged", dtype="float32", merge_base="original", progress=False)
+    stored = load_file(merged.directory / "model.safetensors")
+    _, factors = generate_factors(run, CONDITION)
+    for name, weight in model.state_dict().items():
+        path = name.removesuffix(".weight")
+        expected = weight.double()
+        if path in factors.a:
+            expected = expected + factors.scale * factors.b[path][0].double() @ factors.a[path][0].double()
+        if name in stored:  # of tied weights there is one
+            torch.testing.assert_close(stored[name].double(), expected, rtol=1e-6, atol=1e-6)
+    assert merged.check.relative_difference < 1e-5
+    assert merged.check.difference_from_run > 0.01
+    facts = json.loads((merged.directory / "hl_provenance.json").read_text())
+    assert facts["merge_base"] == "original" and len(facts["differences"]) == len(run.base.slots)
+    assert "the original base" in (merged.directory / "README.md").read_text()
+
+
+def test_what_quantisation_changed_is_measured_beside_the_update_of_every_layer(original_run, tmp_path, caplog):
+    run, model = original_run("llama")
+    _, factors = generate_factors(run, CONDITION)
+    for factor in run.hypernetwork.b.values():
+        factor.mul_(1e-3)
+    merged = merge_adapter(run, CONDITION, tmp_path / "merged", merge_base="original", progress=False)
+    assert [difference.path for difference in merged.differences] == [slot.path for slot in factors.slots]
+    for difference in merged.differences:
+        held = run.base.linears[difference.path].dense_weight(torch.float32).double()
+        original = model.get_submodule(difference.path).weight.double()
+        a, b = factors.a[difference.path][0].double(), 1e-3 * factors.b[difference.path][0].double()
+        assert difference.quantization == pytest.approx((original - held).norm().item(), rel=1e-6)
+        assert difference.update == pytest.approx((factors.scale * b @ a).norm().item(), rel=1e-5)
+    assert all(difference.ratio > 10 for difference in merged.differences)
+    assert "in 6 of 6 layers quantisation changed the weights more than 10 times" in caplog.text
+    table = difference_table(merged.differences)
+    assert [column.header for column in table.columns] == ["layer", "q_proj", "k_proj", "v_proj"]
+    assert table.row_count == 2
+
+
+def test_the_dequantised_base_needs_no_original_and_measures_nothing(make_run, tmp_path):
+    assert merge_adapter(make_run("gemma"), CONDITION, tmp_path / "merged", progress=False).differences == ()
+
+
+def test_an_original_that_is_not_there_any_more_is_refused(make_run, tmp_path):
+    run = make_run("gemma")
+    base_config = run.config.base.model_copy(update={"model": str(tmp_path / "gone")})
+    run.config = run.config.model_copy(update={"base": base_config})
+    with pytest.raises(ValueError, match="not a directory"):
+        merge_adapter(run, CONDITION, tmp_path / "merged", merge_base="original", progress=False)
+    assert entries(tmp_path) == []
+
+
+def test_at_most_one_produced_tensor_is_alive_while_shards_are_written(tmp_path):
+    alive, most = [], 0
+
+    def produce():
+        nonlocal most
+        tensor = torch.randn(64, 64)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    sources = [TensorSource(str(number), (64, 64), torch.float32, produce) for number in range(12)]
+    assert len(write_sharded(tmp_path, sources, 5 * 64 * 64 * 4)) == 3
+    assert most == 1
 
 
 def test_tied_embeddings_stay_tied_and_untied_heads_stay_untied(make_run, tmp_path):
@@ -143,7 +235,7 @@ def test_a_merge_that_does_not_reproduce_the_run_is_not_written(make_run, tmp_pa
     run = make_run("gemma")
     monkeypatch.setattr(
         "hl_scale.serving.merge._merged_weight",
-        lambda linear, factors, scale, dtype, name: lambda: linear.dense_weight(torch.float32).to(dtype),
+        lambda path, linear, factors, scale, dtype, *others: lambda: linear.dense_weight(torch.float32).to(dtype),
     )
     with pytest.raises(ExportError, match="does not reproduce"):
         merge_adapter(run, CONDITION, tmp_path / "merged", progress=False)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hl_scale.config import LoraConfig
+from hl_scale.hypernetwork.fingerprint import weights_fingerprint
 from hl_scale.lora import LoraFactors
 from hl_scale.serving import ExportError, OutputError, generate_adapter, write_peft_adapter
 from hl_scale.serving.export import generate_factors, target_modules
@@ -44,6 +48,69 @@ def test_peft_reproduces_our_logits_under_every_scale_convention(
         found = theirs(**probe).logits[keep]
     assert (ours - bare).abs().max() > 0.1
     assert (found - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("convention", ["alpha_over_rank", "alpha_over_sqrt_rank", "one"])
+def test_a_portable_adapter_is_the_same_update_for_peft_with_a_padded_rank_and_no_rank_stabilised_scale(
+    make_run, dense_twin, probe, tmp_path, convention
+):
+    lora = LoraConfig(rank=5, alpha=6.5, scale_convention=convention, target_modules=("q_proj", "k_proj", "v_proj"))
+    run = make_run("llama", lora)
+    directory = generate_adapter(run, CONDITION, tmp_path / "adapter", profile="portable")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert (config["r"], config["use_rslora"], config["bias"]) == (8, False, "none")
+    assert config["lora_alpha"] / config["r"] == run.hypernetwork.scale  # exact, not approximately
+    _, factors = generate_factors(run, CONDITION)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    for slot in factors.slots:
+        a, b = (tensors[f"base_model.model.{slot.path}.lora_{side}.weight"] for side in "AB")
+        assert torch.equal(a[:5], factors.a[slot.path][0]) and torch.equal(b[:, :5], factors.b[slot.path][0])
+        assert a.shape[0] == b.shape[1] == 8 and not a[5:].any() and not b[:, 5:].any()
+    theirs = PeftModel.from_pretrained(dense_twin(run.base, "llama"), directory).eval()
+    keep = probe["attention_mask"].bool()
+    with torch.no_grad():
+        ours = run.base.logits(**probe, factors=factors)[keep]
+        assert (theirs(**probe).logits[keep] - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_a_rank_that_no_engine_pads_to_is_refused_by_the_portable_profile(make_run, tmp_path):
+    run = make_run("gemma")
+    slot = run.base.slots[0]
+    factors = LoraFactors((slot,), {slot.path: torch.zeros(1, 130, 64)}, {slot.path: torch.zeros(1, 96, 130)}, 1.0)
+    run.config = run.config.model_copy(update={"lora": LoraConfig(rank=130, alpha=130.0)})
+    with pytest.raises(ValueError, match=r"rank 130 is larger than 128(.|\n)*--profile plain"):
+        write(run, factors, tmp_path / "adapter", profile="portable")
+    assert entries(tmp_path) == []
+
+
+def test_the_tensor_file_says_by_itself_where_it_comes_from(make_run, tmp_path):
+    run = make_run("gemma")
+    directory = generate_adapter(run, CONDITION, tmp_path / "adapter")
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        header = file.metadata()
+    facts = json.loads((directory / "hl_provenance.json").read_text())
+    for name in ("condition", "hypernetwork_fingerprint", "base_fingerprint", "data_fingerprint", "base_model"):
+        assert header[name] == facts[name]
+    assert (header["format"], header["condition"], header["data_fingerprint"]) == ("pt", "Nigerian English", "d" * 64)
+    assert float(header["scale"]) == facts["scale"] == run.hypernetwork.scale
+
+
+def test_the_same_adapter_is_the_same_bytes(make_run, tmp_path):
+    first, second = (generate_adapter(make_run("gemma"), CONDITION, tmp_path / name) for name in "ab")
+    name = "adapter_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_hypernetworks_fingerprint_follows_its_weights():
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    same = copy.deepcopy(one)
+    other = copy.deepcopy(one)
+    other[1].weight.data[0, 0] += 1e-6
+    assert weights_fingerprint(one) == weights_fingerprint(same) != weights_fingerprint(other)
+    renamed = torch.nn.Sequential(OrderedDict(a=one[0], b=one[1]))
+    assert weights_fingerprint(renamed) != weights_fingerprint(one)
+    assert weights_fingerprint(copy.deepcopy(one).bfloat16()) != weights_fingerprint(one)
 
 
 def test_peft_reproduces_the_hidden_states_of_an_encoder(make_run, dense_twin, probe, tmp_path):

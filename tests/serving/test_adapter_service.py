@@ -1,0 +1,289 @@
+"""Adapters by name, with a real run and a real generator process, and without vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+from prometheus_client import CollectorRegistry
+from safetensors.torch import load_file
+
+from hl_scale.config import ConfigError
+from hl_scale.engine.loop import train
+from hl_scale.engine.run import load_run
+from hl_scale.serving import adapter_service
+from hl_scale.serving.adapter_cache import CacheError
+from hl_scale.serving.adapter_metrics import AdapterMetrics
+from hl_scale.serving.adapter_service import AdapterError, AdapterService, ServingSettings, settings_from_environment
+from hl_scale.serving.export import generate_adapter
+from hl_scale.serving.generator_process import GenerationFailed, GeneratorProcess
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+@pytest.fixture(scope="module")
+def run(single_process, tiny_config, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "served"
+    train(tiny_config(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """One event loop for all tests, so that they can share a generator process."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def generator(run, tiny_model, loop):
+    process = GeneratorProcess([str(run), "--step", "6", "--model", str(tiny_model)])
+    yield process
+    loop.run(process.stop())
+
+
+@pytest.fixture
+def open_service(run, generator, tmp_path):
+    """open_service(setting=value, ...) -> a service of the run, with the shared process."""
+    opened = []
+
+    def make(**settings):
+        given = {"run": run, "cache": tmp_path / "cache", "deadline": 300.0, **settings}
+        service = AdapterService(ServingSettings.model_validate(given), AdapterMetrics(CollectorRegistry()))
+        service.generator = generator
+        opened.append(service)
+        return service
+
+    yield make
+    for service in opened:
+        service.cache.close()
+
+
+@pytest.fixture
+def ask(loop, tiny_model):
+    """ask(service, *names) -> adapters of names that are asked for at the same time."""
+
+    async def together(service, names):
+        return await asyncio.gather(*(service.resolve(name, str(tiny_model)) for name in names))
+
+    return lambda service, *names: loop.run(together(service, names))
+
+
+@pytest.fixture
+def refusal(ask):
+    """refusal(service, name) -> (HTTP status, text) with which a name is refused."""
+
+    def of(service, name):
+        with pytest.raises(AdapterError) as caught:
+            ask(service, name)
+        return caught.value.status, str(caught.value)
+
+    return of
+
+
+def count(service, outcome):
+    return service.metrics.requests.labels(outcome=outcome)._value.get()
+
+
+def test_a_new_dialect_gets_the_adapter_that_the_run_gives_it(open_service, ask, run, tmp_path):
+    (found,) = ask(open_service(), "dialect:Nigerian English")
+    direct = generate_adapter(load_run(run), "dialect:Nigerian English", tmp_path / "direct")
+    expected, tensors = (load_file(path / "adapter_model.safetensors") for path in (direct, found.directory))
+    assert expected.keys() == tensors.keys()
+    assert all(tensors[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_many_requests_for_one_new_dialect_generate_it_once(open_service, ask):
+    service = open_service()
+    found = ask(service, *["dialect:Nigerian English", "dialect: nigerian  ENGLISH"] * 16)
+    assert len({adapter.directory for adapter in found}) == 1 and len({adapter.number for adapter in found}) == 1
+    assert count(service, "generated") == 1 and count(service, "joined") == 31
+    assert service.metrics.seconds._sum.get() > 0
+
+
+def test_a_restarted_server_answers_from_its_cache_without_a_generator(open_service, ask):
+    first = open_service()
+    (before,) = ask(first, "dialect:Nigerian English")
+    first.cache.close()
+    again = open_service()
+    again.generator = None
+    assert ask(again, "dialect:Nigerian English") == [before]
+    assert again.generator is None and count(again, "cached") == 1
+
+
+def test_a_truncated_adapter_is_made_again(open_service, ask):
+    service = open_service()
+    (found,) = ask(service, "dialect:Nigerian English")
+    weights = found.directory / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    assert ask(service, "dialect:Nigerian English") == [found]
+    assert weights.read_bytes() == whole
+    assert count(service, "generated") == 2 and service.metrics.damaged._value.get() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("dialect:Klingon", 404, "unknown variety 'Klingon'"),
+        ("dialect:../../etc/passwd", 404, "unknown variety"),
+        ("dialect:", 400, "1 to 200 printable characters"),
+        ("dialect:" + "x" * 100_000, 400, "not 100000"),
+        ("dialect:Nigerian\nEnglish", 400, "printable"),
+        ("features:/etc/passwd", 400, "not read for clients"),
+        ("task:no such task", 404, "condition 'task:no such task'"),
+        ("description:answer in one word", 403, "HL_SCALE_SERVE_DESCRIPTION_CHARACTERS"),
+    ],
+)
+def test_names_that_are_no_conditions_are_refused_with_the_reason(open_service, refusal, name, status, message):
+    service = open_service()
+    found, text = refusal(service, name)
+    assert found == status and message in text
+    assert service.cache.keys == [] and count(service, "refused") == 1
+
+
+def test_descriptions_have_a_size_limit_where_they_are_served(open_service, refusal):
+    status, text = refusal(open_service(description_characters=10), "description:eleven long")
+    assert status == 400 and "1 to 10" in text
+
+
+def test_other_names_are_left_to_other_resolvers(open_service):
+    service = open_service()
+    assert service.serves("dialect:Nigerian English")
+    assert not any(map(service.serves, ["gemma", "/etc/passwd", "org/adapter", "standard"]))
+
+
+def test_the_cache_keeps_its_bound_by_removing_what_was_used_least_recently(open_service, ask, monkeypatch):
+    monkeypatch.setattr(adapter_service, "KEEP_SECONDS", 0.0)
+    service = open_service()
+    first, second = ask(service, "dialect:Nigerian English", "dialect:Indian English")
+    service.cache.maximum_bytes = service.cache.bytes + 10
+    forgotten = []
+    service.needed_by_engine = set
+    service.before_removal = lambda names: forgotten.extend(names) if all_there() else None
+    all_there = lambda: second.directory.is_dir()  # noqa: E731
+    service.touch("dialect:Nigerian English")
+    (third,) = ask(service, "dialect:Hong Kong English")
+    assert forgotten == ["dialect:Indian English"] and not second.directory.exists()
+    assert first.directory.is_dir() and third.directory.is_dir()
+    assert service.cache.bytes <= service.cache.maximum_bytes
+    assert ask(service, "dialect:Nigerian English") == [first] and count(service, "cached") == 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_adapter_in_use_is_not_removed_and_the_new_one_is_turned_away(
+    open_service, ask, refusal, monkeypatch, known
+):
+    monkeypatch.setattr(adapter_service, "KEEP_SECONDS", 0.0)
+    service = open_service()
+    (first,) = ask(service, "dialect:Nigerian English")
+    service.cache.maximum_bytes = service.cache.bytes
+    if known:
+        service.needed_by_engine = lambda: {"dialect:Nigerian English"}
+    status, text = refusal(service, "dialect:Indian English")
+    assert status == 503 and "full of adapters in use" in text
+    assert first.directory.is_dir() and service.cache.keys == [first.key]
+
+
+def test_more_new_adapters_than_the_limit_are_turned_away(open_service, ask, loop, tiny_model):
+    async def all_at_once(service, names):
+        return await asyncio.gather(*(service.resolve(n, str(tiny_model)) for n in names), return_exceptions=True)
+
+    service = open_service(waiting=2)
+    names = [f"dialect:{name}" for name in ("Nigerian English", "Indian English", "Hong Kong English")]
+    found = loop.run(all_at_once(service, names))
+    assert [getattr(answer, "status", 200) for answer in found] == [200, 200, 429]
+    assert count(service, "busy") == 1
+    assert ask(service, names[2])[0].directory.is_dir()
+
+
+def test_who_cannot_wait_is_told_so_and_the_adapter_is_made_all_the_same(open_service, loop, tiny_model):
+    service = open_service(deadline=1e-6)
+
+    async def impatient_then_patient():
+        with pytest.raises(AdapterError, match="not ready after") as caught:
+            await service.resolve("dialect:Nigerian English", str(tiny_model))
+        assert caught.value.status == 503
+        service.settings = service.settings.model_copy(update={"deadline": 300.0})
+        return await service.resolve("dialect:Nigerian English", str(tiny_model))
+
+    assert loop.run(impatient_then_patient()).directory.is_dir()
+
+
+def test_a_killed_generator_is_started_again(open_service, ask, generator):
+    service = open_service()
+    ask(service, "dialect:Nigerian English")
+    starts = generator.starts
+    os.kill(generator._process.pid, signal.SIGKILL)
+    with pytest.raises(AdapterError, match="died") as caught:
+        ask(service, "dialect:Indian English")
+    assert caught.value.status == 503 and service.health()["problem"]
+    assert ask(service, "dialect:Indian English")[0].directory.is_dir()
+    assert generator.starts == starts + 1 and service.health()["problem"] is None
+
+
+def test_a_generator_that_hangs_is_killed(generator, loop, tiny_model, tmp_path):
+    loop.run(generator.start())
+    os.kill(generator._process.pid, signal.SIGSTOP)
+    request = {"condition": "dialect:Indian English", "directory": str(tmp_path), "base_model": "", "facts": {}}
+    with pytest.raises(GenerationFailed, match=r"did not answer within 0.2 s and was killed"):
+        loop.run(generator.generate(request, timeout=0.2))
+    assert not generator.running
+
+
+def test_a_generator_ends_when_its_server_does(generator, loop):
+    loop.run(generator.start())
+    process = generator._process
+    process.stdin.close()
+    assert loop.run(asyncio.wait_for(process.wait(), 60)) == 0
+
+
+def test_a_run_that_cannot_be_read_is_reported(loop, tmp_path):
+    process = GeneratorProcess([str(tmp_path)])
+    with pytest.raises(GenerationFailed, match="is not a run directory"):
+        loop.run(process.start())
+    assert not process.running and "is not a run directory" in process.problem
+
+
+def test_a_server_with_another_base_gets_no_adapters(open_service, loop, tmp_path):
+    with pytest.raises(AdapterError, match="HL_SCALE_SERVE_BASE") as caught:
+        loop.run(open_service().resolve("dialect:Nigerian English", str(tmp_path)))
+    assert caught.value.status == 503
+
+
+def test_a_second_server_on_the_same_cache_is_refused(open_service):
+    open_service()
+    with pytest.raises(CacheError, match="HL_SCALE_SERVE_CACHE"):
+        open_service()
+
+
+@pytest.mark.parametrize("step", [None, 4])
+def test_a_service_stays_with_the_checkpoint_it_started_with(open_service, step):
+    assert open_service(step=step).step == (step or 6)
+
+
+def test_a_step_that_was_not_saved_is_refused(open_service):
+    with pytest.raises(ConfigError, match="no checkpoint of step 3"):
+        open_service(step=3)
+
+
+def test_settings_come_from_the_environment():
+    assert settings_from_environment({"HL_SCALE_SERVE_CACHE": "/x"}) is None
+    found = settings_from_environment(
+        {
+            "HL_SCALE_SERVE_RUN": "runs/a",
+            "HL_SCALE_SERVE_CACHE_BYTES": "2GB",
+            "HL_SCALE_SERVE_DEADLINE": "5",
+            "PATH": "/",
+        }
+    )
+    assert (str(found.run), found.cache_bytes, found.deadline, found.step) == ("runs/a", 2 * 10**9, 5.0, None)
+
+
+@pytest.mark.parametrize("wrong", [{"DEADLINE": "0"}, {"CACHE_BYTES": "many"}, {"CASHE": "/x"}])
+def test_settings_that_cannot_be_right_are_named(wrong):
+    variables = {f"HL_SCALE_SERVE_{name}": value for name, value in {"RUN": "runs/a", **wrong}.items()}
+    with pytest.raises(ConfigError, match=f"HL_SCALE_SERVE_{next(iter(wrong))}: "):
+        settings_from_environment(variables)
