@@ -21,7 +21,14 @@ PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
 T2L := configs/t2l_gemma270m_cpu.yaml
 T2L_RUN := runs/t2l-gemma270m
 
-.PHONY: setup demo results results-t2l serve-demo test test-slow test-gpu test-faults lint format bench clean
+# Reconstruction: LoRAs of single tasks, and a hypernetwork that learns them by heart.
+RECONSTRUCT := configs/reconstruct_gemma270m_cpu.yaml
+LIBRARY := libraries/builtin
+LIBRARY_TASKS := sentence.good_bad sentence.one_zero sentence.first_word sentence.last_word words.first words.second \
+  words.reversed words.first_initial words.hyphenated word.upper word.plural word.first_letter numbers.larger numbers.swapped
+LIBRARY_BUDGET := training.steps=150 training.global_batch_size=16 data.examples_per_condition=1
+
+.PHONY: setup demo results results-t2l results-reconstruct serve-demo test test-slow test-gpu test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -56,6 +63,12 @@ results-t2l: $(READY)
 	$(DEEPSPEED) launch/train.py --config $(T2L) run.directory=$(T2L_RUN)-prompted hypernetwork.kind=plain_lora \
 	  data.description_in_prompt=true
 	$(BIN)/hl-scale evaluate $(T2L_RUN) --control $(T2L_RUN)-lora --prompted $(T2L_RUN)-prompted
+
+results-reconstruct: $(READY)
+	$(BIN)/hl-scale prepare $(T2L)
+	$(BIN)/hl-scale library $(T2L) --out $(LIBRARY) $(LIBRARY_BUDGET) $(LIBRARY_TASKS:%=--tasks %)
+	$(DEEPSPEED) launch/train.py --config $(RECONSTRUCT) objective.library=$(LIBRARY)
+	$(BIN)/hl-scale evaluate runs/reconstruct-gemma270m --library $(LIBRARY)
 
 # vLLM has an environment of its own: it pins other versions, and training needs none of it.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
