@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from hl_scale.config.section import Section
 
@@ -75,7 +75,8 @@ class ConditionsConfig(Section):
     task, of which the hypernetwork's first layer makes a learned embedding; `auto`: what the data have."""
     encoder: str = "package:all-minilm-l6-v2"
     """Of descriptions: `package:all-minilm-l6-v2` (carried by a PyPI package), a directory or hub id of a
-    sentence-transformers model, or `base`: the base model's own state at the last token."""
+    sentence-transformers model; `base`: the base model's own state at the last token; `base_mean`: the mean of its
+    states after a third of its blocks, standardised. Several, joined by " + ", stand side by side."""
     encoder_revision: str | None = None
     """Hub revision of the encoder."""
     maximum_tokens: int = Field(default=256, ge=8)
@@ -84,6 +85,33 @@ class ConditionsConfig(Section):
     """Standard deviation of Gaussian noise on description embeddings (whose entries have mean square 1) in training."""
     with_typology: bool = False
     """Append the feature vector of a task's variety to its description's embedding."""
+
+    @field_validator("encoder")
+    @classmethod
+    def _each_once(cls, value: str) -> str:
+        names = value.split(" + ")
+        if not all(name.strip() for name in names) or len(set(names)) < len(names):
+            raise ValueError("each encoder is named once, with ' + ' between them")
+        return value
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """One name for each embedding."""
+        return tuple(self.encoder.split(" + "))
+
+    @property
+    def sentence_encoders(self) -> tuple[str, ...]:
+        """Those that are models of their own; none for one-hot conditions."""
+        return () if self.kind == "one_hot" else tuple(n for n in self.encoders if n not in ("base", "base_mean"))
+
+    @property
+    def base_encodes(self) -> bool:
+        """Whether the base reads descriptions."""
+        return self.kind != "one_hot" and len(self.sentence_encoders) < len(self.encoders)
+
+    def only(self, encoder: str) -> ConditionsConfig:
+        """The same with one of the encoders."""
+        return self.model_copy(update={"encoder": encoder})
 
 
 class AlignmentConfig(Section):

@@ -90,22 +90,24 @@ def check_corpus(config: Config) -> Finding:
 
 def check_encoder(config: Config) -> Iterator[Finding]:
     """Whether the encoder of descriptions can be had; nothing for a run without one."""
-    settings, check = config.conditions, "encoder"
+    check = "encoder"
     if not loads_encoder(config):
         return
     if importlib.util.find_spec("sentence_transformers") is None:
         yield problem(check, "sentence-transformers is not installed", "pip install 'hl_scale[tasks]'")
         return
-    try:
-        width, directory = encoder_width(settings), encoder_directory(settings)
-    except EncoderError as error:
-        yield _split(check, error)
-        return
-    if directory is not None and not any(directory.glob("*.safetensors")):
-        fix = "download the whole model, or name its hub id as conditions.encoder"
-        yield problem(check, f"{directory} has no safetensors weights", fix)
-        return
-    yield ok(check, f"{settings.encoder} is found; embeddings have {width} entries")
+    for name in config.conditions.sentence_encoders:
+        settings = config.conditions.only(name)
+        try:
+            width, directory = encoder_width(settings), encoder_directory(settings)
+        except EncoderError as error:
+            yield _split(check, error)
+            continue
+        if directory is not None and not any(directory.glob("*.safetensors")):
+            fix = "download the whole model, or name its hub id as conditions.encoder"
+            yield problem(check, f"{directory} has no safetensors weights", fix)
+        else:
+            yield ok(check, f"{name} is found; embeddings have {width} entries")
 
 
 def check_library(config: Config) -> Iterator[Finding]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from hl_scale.base import AdaptedModel
 from hl_scale.conditions import typology
-from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, check_texts, embed, scaled
+from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, embed, encoder_width, scaled
 from hl_scale.conditions.typology import Condition
-from hl_scale.config import Config, ConfigError
+from hl_scale.config import ConditionsConfig, Config, ConfigError
 from hl_scale.data.tasks import Task, load_tasks, open_tasks
 from hl_scale.engine import zero3
+from hl_scale.engine.base_states import LastStateEncoder, MeanStateEncoder
 from hl_scale.engine.zero3 import World
-
-TEXTS_PER_PASS = 16
 
 
 class Conditions(Protocol):
@@ -51,12 +50,8 @@ class DescriptionConditions:
     def __init__(self, config: Config, base: AdaptedModel) -> None:
         self.config = config
         settings = config.conditions
-        self.encoder: Encoder
-        if settings.encoder == "base":
-            self.encoder = BaseStateEncoder(base, settings.maximum_tokens)
-        else:
-            self.encoder = SentenceEncoder(settings)
         self.directory = Path(f"{Path(config.data.directory)}-embeddings")
+        self.encoder = open_encoder(settings, base, self.directory)
         self.size = self.encoder.width + (typology.NUM_FEATURES if settings.with_typology else 0)
 
     @property
@@ -114,29 +109,50 @@ class OneHotConditions:
         return Condition(value, self.vector(names.index(value))[0])
 
 
-class BaseStateEncoder:
-    """The base's own state at the last token of a description, after the final norm: it has read who does what."""
+class JoinedEncoder:
+    """Embeddings of several encoders side by side, each scaled by itself."""
 
-    def __init__(self, base: AdaptedModel, maximum_tokens: int) -> None:
-        self.base = base
-        self.width = base.hidden_size
-        self.fingerprint = f"base:{base.fingerprint}"
-        self.maximum_tokens = min(maximum_tokens, base.context_length)
+    def __init__(self, encoders: Sequence[Encoder]) -> None:
+        self.encoders = tuple(encoders)
+        self.width = sum(encoder.width for encoder in encoders)
+        self.fingerprint = hashlib.sha256("+".join(e.fingerprint for e in encoders).encode()).hexdigest()
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """See `Encoder`."""
-        tokenizer = self.base.tokenizer
-        check_texts(texts, lambda text: len(tokenizer(text)["input_ids"]), self.maximum_tokens)
-        device = next(self.base.model.parameters()).device
-        rows = []
-        for start in range(0, len(texts), TEXTS_PER_PASS):
-            batch = list(texts[start : start + TEXTS_PER_PASS])
-            encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="right").to(device)
-            states = self.base.hidden_states(encoded["input_ids"], encoded["attention_mask"])
-            last = encoded["attention_mask"].sum(1) - 1
-            rows.append(states[torch.arange(len(batch), device=device), last].float().cpu().numpy())
-        return scaled(np.concatenate(rows))
+        """See `hl_scale.conditions.descriptions.Encoder`."""
+        return np.concatenate([encoder.encode(texts) for encoder in self.encoders], axis=1)
+
+
+def open_encoder(settings: ConditionsConfig, base: AdaptedModel, directory: Path) -> Encoder:
+    """The encoder, or encoders, of a configuration; `directory` is where embeddings are kept.
+
+    Raises:
+        EncoderError: see `SentenceEncoder`.
+    """
+    found: list[Encoder] = []
+    for name in settings.encoders:
+        if name == "base":
+            found.append(LastStateEncoder(base, settings.maximum_tokens))
+        elif name == "base_mean":
+            found.append(MeanStateEncoder(base, settings.maximum_tokens, directory))
+        else:
+            found.append(SentenceEncoder(settings.only(name)))
+    return found[0] if len(found) == 1 else JoinedEncoder(found)
+
+
+def condition_size(config: Config, base: AdaptedModel) -> int:
+    """C, entries of a condition, without an encoder's weights.
+
+    Raises:
+        ValueError: an encoder whose configuration cannot be read; for one-hot conditions, tasks that are not prepared.
+    """
+    settings = config.conditions
+    if config.data.kind == "dialects":
+        return typology.NUM_FEATURES
+    if settings.kind == "one_hot":
+        return len(open_tasks(config.tasks).seen)
+    of_base = len(settings.encoders) - len(settings.sentence_encoders)
+    widths = [encoder_width(settings.only(name)) for name in settings.sentence_encoders]
+    return of_base * base.hidden_size + sum(widths) + (typology.NUM_FEATURES if settings.with_typology else 0)
 
 
 def open_conditions(config: Config, base: AdaptedModel) -> Conditions:

@@ -108,7 +108,7 @@ def load_generator(
         BaseModelError: no configuration of the base can be had, or it lacks a target module.
     """
     config, found = _open_run(Path(directory), step)
-    if config.data.kind == "tasks" and config.conditions.encoder == "base" and config.conditions.kind != "one_hot":
+    if config.data.kind == "tasks" and config.conditions.base_encodes:
         return load_run(directory, found.step, device=device)
     named = config.base if model is None else config.base.model_copy(update={"model": model})
     base = outline_base(named, config.lora)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hl_scale.conditions.descriptions import encoder_directory
 from hl_scale.config import Config
 from hl_scale.data.shards import CorpusError, read_manifest
-from hl_scale.engine.conditions import TEXTS_PER_PASS as DESCRIPTIONS_PER_PASS
+from hl_scale.engine.base_states import TEXTS_PER_PASS as DESCRIPTIONS_PER_PASS
 from hl_scale.engine.targets import CLOUDS_IN_MEMORY, TEXTS_PER_CHUNK, TEXTS_PER_PASS
 from hl_scale.planning import tracing
 from hl_scale.planning.jobs import Job
@@ -25,8 +25,7 @@ EXAMPLE = 1_300
 
 def loads_encoder(config: Config) -> bool:
     """Whether a run holds a sentence encoder, which is on the CPU wherever the base is."""
-    described = config.data.kind == "tasks" and config.conditions.kind != "one_hot"
-    return described and config.conditions.encoder != "base"
+    return config.data.kind == "tasks" and bool(config.conditions.sentence_encoders)
 
 
 class Preparation:
@@ -65,10 +64,11 @@ class Preparation:
         if self.job.kind == "reconstruction" and self.on_cpu:
             # Mean and squared deviations in float64; the adapter at hand in float32, as it is stored and as it is used.
             return "library", {ENCODER: self._encoder, LIBRARY: (2 * 8 + 2 * 4) * self._adapter}
-        if self.config.conditions.kind != "one_hot" and self.config.conditions.encoder == "base":
+        parts = {ENCODER: self._encoder}
+        if self.config.conditions.base_encodes:
             length = min(self.config.conditions.maximum_tokens, self.job.base.context_length)
-            return "descriptions", {tracing.ACTIVATIONS: self._bare(DESCRIPTIONS_PER_PASS, length)}
-        return "descriptions", {ENCODER: self._encoder}
+            parts[tracing.ACTIVATIONS] = self._bare(DESCRIPTIONS_PER_PASS, length)
+        return "descriptions", parts
 
     def held(self, tokens: int) -> dict[str, int]:
         """What stays while steps are made."""
@@ -90,9 +90,12 @@ class Preparation:
 
     @property
     def _encoder(self) -> int:
-        """Of the sentence encoder's weights; 0 where they are not on this machine."""
-        directory = encoder_directory(self.config.conditions) if self.on_cpu and loads_encoder(self.config) else None
-        files = [] if directory is None else directory.glob("*.safetensors")
+        """Of the sentence encoders' weights; 0 where they are not on this machine."""
+        if not self.on_cpu or not loads_encoder(self.config):
+            return 0
+        settings = self.config.conditions
+        found = (encoder_directory(settings.only(name)) for name in settings.sentence_encoders)
+        files = (file for directory in found if directory is not None for file in directory.glob("*.safetensors"))
         return sum(sum(tensor_sizes(file)) for file in files)
 
     @property

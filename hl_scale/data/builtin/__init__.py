@@ -41,7 +41,7 @@ def builtin_tasks(seed: int, training_examples: int, test_examples: int) -> list
         BuiltinTaskError: a family has not even one training input beside the test inputs, or reasoning-gym is missing.
         ResourceError: the scored sentences cannot be had.
     """
-    wordings = yaml.safe_load((files(__name__) / "descriptions.yaml").read_text(encoding="utf-8"))
+    wordings = _wordings()
     tasks = []
     for family in FAMILIES:
         items = family.draw(Random(f"{seed}|{family.name}"), training_examples + test_examples)
@@ -71,3 +71,16 @@ def builtin_tasks(seed: int, training_examples: int, test_examples: int) -> list
             for operation in family.operations
         ]
     return tasks
+
+
+def reference_wordings(each: int = 2) -> list[str]:
+    """The first training wordings of every task: texts to know an encoder's states by, the same on every machine."""
+    return [text for wording in _wordings().values() for text in wording["train"][:each]]
+
+
+def _wordings() -> dict[str, dict[str, list[str]]]:
+    """Task -> "train" and "heldout" -> wordings."""
+    found: dict[str, dict[str, list[str]]] = yaml.safe_load(
+        (files(__name__) / "descriptions.yaml").read_text(encoding="utf-8")
+    )
+    return found

@@ -1,0 +1,117 @@
+"""A description as the base model itself reads it: encoders that need no model but the base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hl_scale.base import AdaptedModel
+from hl_scale.base.recompute import find_blocks
+from hl_scale.conditions.descriptions import Vectors, check_texts, embed, scaled
+from hl_scale.data.builtin import reference_wordings
+
+TEXTS_PER_PASS = 16
+
+
+class LastStateEncoder:
+    """`encoder: base`. The state at the last token of a description, after the final norm."""
+
+    def __init__(self, base: AdaptedModel, maximum_tokens: int) -> None:
+        self.base = base
+        self.width = base.hidden_size
+        self.fingerprint = f"base:{base.fingerprint}"
+        self.maximum_tokens = maximum_tokens
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """See `hl_scale.conditions.descriptions.Encoder`."""
+        _check(self.base, texts, self.maximum_tokens)
+        rows = []
+        for states, mask in _passes(self.base, texts):
+            last = mask.sum(1) - 1
+            rows.append(states[torch.arange(len(states), device=states.device), last].float().cpu().numpy())
+        return scaled(np.concatenate(rows))
+
+
+class MeanStateEncoder:
+    """`encoder: base_mean`. The mean over tokens, without the first, of states after a third of the blocks.
+
+    Each entry is standardised by its mean and standard deviation over wordings that belong to the project, whatever is
+    trained on: a few entries of such states are tens of times larger than all others.
+
+    Args:
+        base: whose states.
+        maximum_tokens: a longer description is refused.
+        directory: where the states of the project's wordings are kept.
+    """
+
+    def __init__(self, base: AdaptedModel, maximum_tokens: int, directory: Path) -> None:
+        self.states = _MeanStates(base)
+        self.maximum_tokens = maximum_tokens
+        self.width = base.hidden_size
+        self.directory = directory
+        self.reference = reference_wordings()
+        wordings = hashlib.sha256("\0".join(self.reference).encode()).hexdigest()
+        self.fingerprint = f"{self.states.fingerprint}:{wordings[:16]}"
+        self._moments: tuple[Vectors, Vectors] | None = None
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """See `hl_scale.conditions.descriptions.Encoder`."""
+        _check(self.states.base, texts, self.maximum_tokens)
+        if self._moments is None:
+            found = embed(self.reference, self.states, self.directory)
+            self._moments = found.mean(0), found.std(0) + np.float32(1e-6)
+        mean, spread = self._moments
+        return scaled((self.states.encode(texts) - mean) / spread)
+
+
+class _MeanStates:
+    """States as they are, (n, D)."""
+
+    def __init__(self, base: AdaptedModel) -> None:
+        self.base = base
+        self.width = base.hidden_size
+        blocks = list(find_blocks(base.model).values())
+        self.block = blocks[(len(blocks) - 1) // 3]
+        self.fingerprint = f"base_mean:{base.fingerprint}"
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        rows = []
+        for states, mask in _passes(self.base, texts, self.block):
+            mask[:, 0] = mask.sum(1) == 1  # the first token is the same for all texts, and may be all there is
+            weights = mask / mask.sum(1, keepdim=True)
+            rows.append(torch.einsum("btd,bt->bd", states.float(), weights.float()).cpu().numpy())
+        return np.concatenate(rows)
+
+
+def _check(base: AdaptedModel, texts: Sequence[str], maximum_tokens: int) -> None:
+    count = base.tokenizer
+    check_texts(texts, lambda text: len(count(text)["input_ids"]), min(maximum_tokens, base.context_length))
+
+
+@torch.no_grad()
+def _passes(
+    base: AdaptedModel, texts: Sequence[str], block: nn.Module | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """States (B, T, D) after a block, or after the final norm, and their mask (B, T), for a few texts at a time."""
+    tokenizer = base.tokenizer
+    device = next(base.model.parameters()).device
+    kept: list[Tensor] = []
+
+    def keep(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    for start in range(0, len(texts), TEXTS_PER_PASS):
+        batch = list(texts[start : start + TEXTS_PER_PASS])
+        encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="right").to(device)
+        hook = block.register_forward_hook(keep) if block is not None else None
+        try:
+            states = base.hidden_states(encoded["input_ids"], encoded["attention_mask"])
+        finally:
+            if hook is not None:
+                hook.remove()
+        yield (kept.pop() if block is not None else states), encoded["attention_mask"]
