@@ -282,7 +282,9 @@ def _features_from_file(path: Path) -> Condition:
     values = np.zeros(NUM_FEATURES, dtype=np.float32)
     for feature, value in content.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConditionError(f"{path}: the value of {feature!r} is {value!r}; expected a number in [0, 1]")
+            raise ConditionError(
+                f"{path}: the value of {feature!r} is {value!r}; expected a number, and values lie in [0, 1]"
+            )
         values[_feature_index(feature, path)] = value
     return Condition(path.stem, checked_vector(values, str(path)))
 
