@@ -273,7 +273,7 @@ def _features_from_file(path: Path) -> Condition:
         raise ConditionError(f"feature file not found: {path}\n  fix: pass an existing JSON file after 'features:'")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConditionError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConditionError(
@@ -281,8 +281,10 @@ def _features_from_file(path: Path) -> Condition:
         )
     values = np.zeros(NUM_FEATURES, dtype=np.float32)
     for feature, value in content.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConditionError(f"{path}: the value of {feature!r} is {value!r}; expected a number in [0, 1]")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConditionError(
+                f"{path}: the value of {feature!r} is {value!r}; expected a number, and values lie in [0, 1]"
+            )
         values[_feature_index(feature, path)] = value
     return Condition(path.stem, checked_vector(values, str(path)))
 

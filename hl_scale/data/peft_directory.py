@@ -32,6 +32,8 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _ALTERS_BASE = re.compile("pissa.*|olora|corda|loftq|lora_ga")
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 _LARGEST_JSON = 4 * 2**20
+_LARGEST_HEADER = 32 * 2**20
+_LONGEST_KEY = 1000
 
 
 class AdapterError(ValueError):
@@ -165,11 +167,14 @@ def _refuse_unlike_lora(config: Mapping[str, Any]) -> None:
 
 def _rank_and_scale(config: Mapping[str, Any]) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    if not (type(rank) is int and rank > 0 and number):
-        raise AdapterError(f"{CONFIG_FILE} has r = {rank!r} and lora_alpha = {alpha!r}, expected numbers")
     convention = "alpha_over_sqrt_rank" if config.get("use_rslora") else "alpha_over_rank"
-    return rank, lora_scale(convention, float(alpha), rank)  # type: ignore[arg-type]
+    try:
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+        if type(rank) is int and rank > 0 and number:
+            return rank, lora_scale(convention, float(alpha), rank)  # type: ignore[arg-type]
+    except OverflowError:  # integers that no float can hold
+        pass
+    raise AdapterError(f"{CONFIG_FILE} has r = {rank!r} and lora_alpha = {alpha!r}, expected numbers")
 
 
 def _read_header(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -181,6 +186,10 @@ def _read_header(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[str,
             )
         raise AdapterError(f"{WEIGHTS_FILE} is missing")
     try:
+        with (directory / WEIGHTS_FILE).open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise AdapterError(f"{WEIGHTS_FILE} is damaged (a header of {size} bytes, more than {_LARGEST_HEADER})")
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             header = dict(file.metadata() or {})
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -201,10 +210,10 @@ def _keys(shapes: Mapping[str, tuple[int, ...]], slots: Sequence[Slot] | None, r
     strangers = []
     known = None if slots is None else {slot.path for slot in slots}
     for key in shapes:
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key) if len(key) <= _LONGEST_KEY else None
         place = (match["path"], match["side"]) if match else ("", "")
         if match is None or place in keys or (known is not None and place[0] not in known):
-            strangers.append(key)
+            strangers.append(key[:_LONGEST_KEY])
         else:
             keys[place] = key
     if slots is None:

@@ -47,7 +47,7 @@ class AdapterCache:
         self.directory = Path(directory).expanduser().resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self.maximum_bytes = maximum_bytes
-        self._lock = (self.directory / "owner.lock").open("w")
+        self._lock = (self.directory / "owner.lock").open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when this process ends, however it does
         except OSError:

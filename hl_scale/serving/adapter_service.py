@@ -51,7 +51,7 @@ class ServingSettings(Section):
     cache_bytes: ByteSize = Field(ByteSize(10_000_000_000), gt=0)
     """Bound on the cache, for example 2GB."""
     deadline: float = Field(60.0, gt=0)
-    """Seconds a request waits for its adapter; one that leaves sooner does not stop the generation."""
+    """Seconds requests wait for an adapter, from the first one on; who leaves sooner does not stop the generation."""
     waiting: int = Field(16, ge=1)
     """Adapters that may be generated or wait for it at one time; further new ones are turned away."""
     description_characters: int = Field(0, ge=0)
@@ -105,6 +105,7 @@ class AdapterService:
 
     Raises:
         ConfigError: no run directory, or one without the checkpoint.
+        BaseModelError: the run's base is not on this machine, and `settings.base` does not say what stands for it.
         CacheError: another server owns the cache.
     """
 
@@ -116,23 +117,25 @@ class AdapterService:
             typology.varieties()  # says now, rather than to a client, that its data is not installed
         self.checkpoint = _checkpoint(settings)
         self.step = checkpoint.step_of(self.checkpoint)
+        self._base = settings.base or base_reference(self.config.base)  # may convert a packaged model: not in a request
         self._identity = hashlib.sha256((self.checkpoint / checkpoint.MANIFEST).read_bytes()).hexdigest()
         self.cache = AdapterCache(settings.cache, settings.cache_bytes)
         self.generator: GeneratorProcess | None = None
         self.needed_by_engine: Callable[[], Collection[str]] | None = None
         """Gives the names that unfinished requests use. Unless it is set, what was handed out is never removed."""
         self.before_removal: Callable[[Collection[str]], None] = lambda names: None
-        """Told the names of adapters that are about to be deleted."""
+        """Told the names of adapters that are about to be deleted, or of which the files turn out to be gone."""
         self._keys: dict[str, str] = {}  # of every name that was handed out
         self._used: dict[str, float] = {}
         self._numbers: dict[int, str] = {}
         self._flights: dict[str, asyncio.Task[Adapter]] = {}
+        self._begun: dict[str, float] = {}  # seconds of the event loop at which a flight began
         self._generating = 0
         self._show_cache()
 
     def serves(self, name: str) -> bool:
         """Whether a model name is meant for this service; others belong to other resolvers."""
-        return name.partition(":")[0] in ("dialect", "task", "description", "features")
+        return name.startswith(("dialect:", "task:", "description:", "features:"))
 
     async def start(self, base_model: str) -> None:
         """Start the generator process, so that the first request need not wait for it.
@@ -171,10 +174,12 @@ class AdapterService:
         if flight is None:
             flight = self._flights[key] = asyncio.create_task(self._produce(key, condition, base_model))
             flight.add_done_callback(lambda done: self._landed(key, done))
+            self._begun[key] = asyncio.get_running_loop().time()
         else:
             self.metrics.requests.labels(outcome="joined").inc()
         try:
-            async with asyncio.timeout(self.settings.deadline):
+            # Not from now on: vLLM lets requests for one name ask one after the other, and their waiting would add up.
+            async with asyncio.timeout_at(self._begun[key] + self.settings.deadline):
                 return await asyncio.shield(flight)  # whoever waits may leave; the adapter is made all the same
         except TimeoutError:
             raise AdapterError(
@@ -182,11 +187,20 @@ class AdapterService:
             ) from None
 
     def touch(self, name: str) -> None:
-        """Note that a request uses an adapter that was handed out under this name."""
+        """Note that a request uses an adapter that was handed out under this name.
+
+        If its files are gone, `before_removal` is told: who asks again for the name gets a new one.
+        """
         key = self._keys.get(name)
-        if key is not None:
-            self._used[key] = time.monotonic()
+        if key is None:
+            if self.serves(name):  # removed while the server was still loading it
+                self.before_removal([name])
+            return
+        self._used[key] = time.monotonic()
+        try:
             self.cache.touch(key)
+        except FileNotFoundError:  # by another hand
+            self._remove(key)
 
     def health(self) -> dict[str, object]:
         """What an operator wants to know; "problem" is None when all is well."""
@@ -221,11 +235,10 @@ class AdapterService:
         return f"{kind}:{value}"
 
     def _check_base(self, base_model: str) -> None:
-        own = self.settings.base or base_reference(self.config.base)
-        if base_model != own and Path(base_model).resolve() != Path(own).resolve():
+        if base_model != self._base and Path(base_model).resolve() != Path(self._base).resolve():
             raise AdapterError(
-                503, f"the server's model is {base_model}, but this run's adapters are for {own} (if they are the same "
-                f"model, the operator sets {PREFIX}BASE={base_model})"
+                503, f"the server's model is {base_model}, but this run's adapters are for {self._base} (if they are "
+                f"the same model, the operator sets {PREFIX}BASE={base_model})"
             )  # fmt: skip
 
     def _generator(self, base_model: str) -> GeneratorProcess:
@@ -236,12 +249,10 @@ class AdapterService:
 
     async def _produce(self, key: str, condition: str, base_model: str) -> Adapter:
         """From the cache if what is there reads well, or else generated."""
-        adapter = Adapter(key, adapter_id(key, self._numbers), self.cache.path(key))
         if key in self.cache:
             try:
                 await asyncio.to_thread(self.cache.verify, key, base_model)
-                self.metrics.requests.labels(outcome="cached").inc()
-                return adapter
+                return self._ready(key, "cached")
             except BadAdapterError as error:
                 _log.warning("made again: %s", error)
                 self.metrics.damaged.inc()
@@ -254,12 +265,16 @@ class AdapterService:
         finally:
             self._generating -= 1
             self.metrics.waiting.set(self._generating)
-        self.metrics.requests.labels(outcome="generated").inc()
-        return adapter
+        return self._ready(key, "generated")
+
+    def _ready(self, key: str, outcome: str) -> Adapter:
+        self._used[key] = time.monotonic()  # at once: another may land before those who wait for this one wake up
+        self.metrics.requests.labels(outcome=outcome).inc()
+        return Adapter(key, adapter_id(key, self._numbers), self.cache.path(key))
 
     async def _generate(self, key: str, condition: str, base_model: str) -> None:
         generator = self._generator(base_model)
-        self.cache.remove(key)
+        self._remove(key)
         request = {
             "condition": condition, "directory": str(self.cache.path(key)), "base_model": base_model,
             "facts": {"cache_key": key},
@@ -283,15 +298,10 @@ class AdapterService:
         names = self._keys if self.needed_by_engine is None else self.needed_by_engine()
         needed = {new, *recent, *self._flights, *(self._keys[name] for name in names if name in self._keys)}
         for key in self.cache.victims(needed):
-            forgotten = [name for name, own in self._keys.items() if own == key]
-            self.before_removal(forgotten)
-            for name in forgotten:
-                del self._keys[name]
-            self._used.pop(key, None)
-            self.cache.remove(key)
+            self._remove(key)
             self.metrics.evictions.inc()
         if self.cache.bytes > self.cache.maximum_bytes:
-            self.cache.remove(new)
+            self._remove(new)
             self._show_cache()
             raise AdapterError(
                 503, f"the adapter cache ({self.cache.maximum_bytes} bytes) is full of adapters in use; ask again "
@@ -299,12 +309,21 @@ class AdapterService:
             )  # fmt: skip
         self._show_cache()
 
+    def _remove(self, key: str) -> None:
+        """Delete an adapter, if it is there; its names are forgotten before."""
+        names = [name for name, own in self._keys.items() if own == key]
+        self.before_removal(names)
+        for name in names:
+            del self._keys[name]
+        self._used.pop(key, None)
+        self.cache.remove(key)
+
     def _show_cache(self) -> None:
         self.metrics.cache_bytes.set(self.cache.bytes)
         self.metrics.adapters.set(len(self.cache.keys))
 
     def _landed(self, key: str, done: asyncio.Task[Adapter]) -> None:
-        del self._flights[key]
+        del self._flights[key], self._begun[key]
         if not done.cancelled():
             done.exception()  # nobody may be waiting any more
 

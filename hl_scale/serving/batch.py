@@ -264,7 +264,7 @@ def _difference(directory: Path, config: dict[str, Any], facts: dict[str, Any]) 
         digest = found["files"][WEIGHTS_FILE]["sha256"]
         whole = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest() == digest
         same_config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")) == config
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "it is no whole adapter"
     if not whole:
         return "its weights are damaged"

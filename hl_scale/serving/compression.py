@@ -29,7 +29,7 @@ import hl_scale
 from hl_scale.data.library import Library
 from hl_scale.data.peft_directory import PROVENANCE_FILE, WEIGHTS_FILE
 from hl_scale.lora import LoraFactors, Slot
-from hl_scale.serving.export import write_adapter_files, write_json
+from hl_scale.serving.export import check_finite, write_adapter_files, write_json
 from hl_scale.serving.joint_basis import JointBasis, joint_basis
 from hl_scale.serving.progress import counting_bar
 from hl_scale.serving.shards import TensorSource, write_safetensors
@@ -180,7 +180,7 @@ def open_compressed(directory: str | os.PathLike[str]) -> CompressedAdapters:
         return CompressedAdapters(directory, manifest)
     except CompressionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CompressionError(f"{directory} is no set of compressed adapters: {error!r}{fix}") from None
 
 
@@ -191,14 +191,16 @@ def decompress_adapter(
 
     Raises:
         CompressionError: there is no such adapter, or its tensors cannot be read.
+        ExportError: its tensors hold NaN or infinity.
         OutputError: the directory exists and may not be replaced.
     """
     entry = compressed.entry(name)
     check_replaceable(directory, force=force)
     try:
         factors = compressed.read(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's, where shapes do not go together
         raise CompressionError(f"{compressed.directory / TENSORS_FILE} cannot be read: {error}") from None
+    check_finite(factors)
     facts = {
         **entry["provenance"],
         "scale": factors.scale,

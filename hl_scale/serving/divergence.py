@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.library import Library
 from hl_scale.data.tasks import open_tasks
+from hl_scale.lora import LoraFactors
 from hl_scale.serving.compression import CompressedAdapters, CompressionError
 from hl_scale.serving.progress import counting_bar
 
@@ -89,7 +90,7 @@ def measure_divergence(
     _check(run, library, texts)
     base, device = run.base, next(run.base.model.parameters()).device
     names = _spaced(library.names, maximum_adapters)
-    pairs = [(library.read(name), compressed.read(name)) for name in names]
+    pairs = [(_on(device, library.read(name)), _on(device, compressed.read(name))) for name in names]
     restored, effect = torch.zeros(2, len(names), dtype=torch.float64)
     agreeing = positions = 0
     with counting_bar("comparing", len(texts), progress) as advance:
@@ -127,6 +128,11 @@ def _check(run: LoadedRun, library: Library, texts: Sequence[str]) -> None:
         )
     if not texts:
         raise CompressionError("there are no texts to compare adapters on\n  fix: write one sentence per line")
+
+
+def _on(device: torch.device, factors: LoraFactors) -> LoraFactors:
+    a, b = ({path: factor.to(device) for path, factor in side.items()} for side in (factors.a, factors.b))
+    return replace(factors, a=a, b=b)
 
 
 def _divergence(p_logits: Tensor, q_logits: Tensor) -> float:

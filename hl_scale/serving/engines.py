@@ -96,8 +96,9 @@ def _every_layer(facts: AdapterFacts) -> str | None:
     last = max(slot.layer for slot in facts.slots)
     for module in sorted({slot.module for slot in facts.slots}):
         layers = {slot.layer for slot in facts.slots if slot.module == module}
-        if absent := set(range(last + 1)) - layers:
-            return f"{module} has no factors in layer {min(absent)}: it is left out in all layers then, without a word"
+        absent = next((layer for layer in range(last + 1) if layer not in layers), None)
+        if absent is not None:
+            return f"{module} has no factors in layer {absent}: it is left out in all layers then, without a word"
     return None
 
 

@@ -101,9 +101,13 @@ class GeneratorProcess:
         self.starts += 1
         pipe = asyncio.subprocess.PIPE
         # A session of its own: Ctrl-C in a terminal is for the server, which then closes the pipe.
-        self._process = await asyncio.create_subprocess_exec(
-            *self.command, stdin=pipe, stdout=pipe, start_new_session=True
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.command, stdin=pipe, stdout=pipe, start_new_session=True
+            )
+        except OSError as error:
+            self.problem = f"the generator process cannot be started: {error}"
+            raise GenerationFailed(self.problem) from None
         reply = await self._exchange(None, START_SECONDS)
         if "failed" in reply:
             self.problem = reply["failed"]

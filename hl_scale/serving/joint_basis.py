@@ -26,6 +26,8 @@ from torch import Tensor
 
 START_STEPS = 4
 """Steps for which the other side is not yet restricted to a subspace."""
+ROWS = 512
+"""Rows of an update that are formed at a time."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ def _result(a_rows: Tensor, b_rows: Tensor, u: Tensor, v: Tensor, iterations: in
     missed_a = a_rows - av @ v.mT
     error = _captured(missed_b @ missed_b.mT, a_rows @ a_rows.mT) + _captured(bu @ bu.mT, missed_a @ missed_a.mT)
     norm = _captured(b_rows @ b_rows.mT, a_rows @ a_rows.mT)
-    mean = b_rows.flatten(0, 1).mT @ a_rows.flatten(0, 1) / len(a_rows)
-    spread = (norm.sum() - len(a_rows) * mean.square().sum()).clamp(min=0)
+    spread = (norm.sum() - _square_norm_of_sum(a_rows, b_rows) / len(a_rows)).clamp(min=0)
     return JointBasis(u, v, bu.mT.contiguous(), av, error.clamp(min=0), norm, spread, iterations, converged)
+
+
+def _square_norm_of_sum(a_rows: Tensor, b_rows: Tensor) -> Tensor:
+    """() |sum_i D_i|^2, some rows at a time: the whole sum may be larger than all factors together."""
+    a, b = a_rows.flatten(0, 1), b_rows.flatten(0, 1)
+    return torch.stack([(part.mT @ a).square().sum() for part in b.split(ROWS, dim=1)]).sum()

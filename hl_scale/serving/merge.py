@@ -9,16 +9,16 @@ Tensors are streamed: writing needs the 4-bit model plus one tensor; only the fi
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from torch import Tensor, nn
 
 from hl_scale.base.adapted import AdaptedModel
@@ -32,6 +32,7 @@ from hl_scale.serving.original import (
     original_tensors,
     warn_of_differences,
 )
+from hl_scale.serving.progress import counting_bar
 from hl_scale.serving.shards import TensorSource, write_sharded
 from hl_scale.serving.staging import PROVENANCE_FILE, check_replaceable, staged_directory
 
@@ -43,6 +44,9 @@ MergeBase = Literal["dequantized", "original"]
 
 MAXIMUM_RELATIVE_DIFFERENCE = 0.05
 """Bound on rms(merged - adapted) / rms(adapted) of the probe outputs: rounding stays well below it."""
+
+LARGE_ROUNDING = 0.5
+"""Part of the adapter's own effect on the probe outputs from which rounding gives a warning."""
 
 PROBE_TEXTS = (
     "The committee said on Monday that it would publish the report before the end of the year.",
@@ -106,7 +110,7 @@ def merge_adapter(
             quantised, read again from their checkpoint.
         max_shard_bytes: bound on a weight file.
         force: replace a directory that hl_scale wrote earlier.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal.
 
     Returns:
         The checkpoint and its check.
@@ -122,16 +126,18 @@ def merge_adapter(
     differences: list[LayerDifference] = []
     sources = merged_tensors(run.base, factors, target_dtype, originals, differences.append)
     with staged_directory(directory, force=force) as staging:
-        with _progress_bar(sum(source.nbytes for source in sources), progress) as advance:
+        size = sum(source.nbytes for source in sources)
+        with counting_bar("merging", size, progress, DownloadColumn()) as advance:
             files = write_sharded(staging, sources, max_shard_bytes, advance)
         _write_configuration(run.base, staging, target_dtype)
-        reference = load_original(run.config) if merge_base == "original" else None
+        reference = load_original(run.config, _device(run.base)) if merge_base == "original" else None
         check = check_merged(run.base, factors, staging, reference)
         facts = {**run_provenance(run, parsed), "merge_base": merge_base, "dtype": dtype, "scale": factors.scale}
         facts |= {"check": asdict(check), "differences": [asdict(difference) for difference in differences]}
         write_json(staging / PROVENANCE_FILE, facts)
         (staging / "README.md").write_text(_model_card(facts, check), encoding="utf-8")
     warn_of_differences(differences)
+    _warn_of_rounding(check, dtype)
     return MergedCheckpoint(Path(directory), tuple(files), check, tuple(differences))
 
 
@@ -215,6 +221,19 @@ def check_merged(
     return check
 
 
+def _warn_of_rounding(check: MergeCheck, dtype: str) -> None:
+    if check.max_difference > LARGE_ROUNDING * check.adapter_effect:
+        logging.getLogger(__name__).warning(
+            "rounding to %s changes %s by up to %.2g on probe sentences, the adapter itself by up to %.2g: little of "
+            "it may be left in the merged weights; merge in float32, or serve the adapter unmerged",
+            dtype, check.output, check.max_difference, check.adapter_effect,
+        )  # fmt: skip
+
+
+def _device(base: AdaptedModel) -> torch.device:
+    return next(parameter for parameter in base.model.parameters() if parameter.is_floating_point()).device
+
+
 def _forward(base: AdaptedModel) -> Callable[..., Tensor]:
     return base.logits if base.has_head else base.hidden_states
 
@@ -241,8 +260,8 @@ def _reload(base: AdaptedModel, directory: Path) -> tuple[Any, dict[str, Tensor]
             f"unexpected {sorted(info['unexpected_keys'])[:3]}; nothing was written"
         )
     encoded = base.tokenizer(list(PROBE_TEXTS), padding=True, padding_side="right", return_tensors="pt")
-    inputs = {key: encoded[key].to(parameter.device) for key in ("input_ids", "attention_mask")}
-    return merged.to(parameter.device).eval(), inputs
+    inputs = {key: encoded[key].to(_device(base)) for key in ("input_ids", "attention_mask")}
+    return merged.to(_device(base)).eval(), inputs
 
 
 def _own_tensors(module: nn.Module, is_linear: bool) -> Iterator[tuple[str, Tensor]]:
@@ -330,11 +349,3 @@ The licence is that of the base model.
 
 {facts_table(facts)}
 """
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("merging", total=total)
-        yield lambda done: bar.update(task, advance=done)

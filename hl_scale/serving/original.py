@@ -48,9 +48,9 @@ def original_tensors(base: BaseModelConfig) -> dict[str, Read]:
     return dict(locate_tensors(resolve_model(base), empty_model(base, model_config(base))))
 
 
-def load_original(config: Config) -> AdaptedModel:
+def load_original(config: Config, device: torch.device) -> AdaptedModel:
     """The base of a run without its quantisation, with the same slots."""
-    return load_base(config.base.model_copy(update={"quantization": "none"}), config.lora)
+    return load_base(config.base.model_copy(update={"quantization": "none"}), config.lora, device)
 
 
 def layer_difference(path: str, original: Tensor, held: Tensor, a: Tensor, b: Tensor, scale: float) -> LayerDifference:

@@ -110,11 +110,12 @@ def _replace(staging: Path, target: Path, force: bool, retired: list[Path]) -> N
         return
     retired.append(Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".old", dir=target.parent)))
     old = retired[-1] / target.name
-    os.rename(target, old)
     try:
+        os.rename(target, old)
         os.rename(staging, target)
-    except BaseException:
-        os.rename(old, target)
+    except BaseException:  # an interruption too, between the two or right after
+        if not target.exists():
+            os.rename(old, target)
         raise
 
 

@@ -79,12 +79,18 @@ def _other_targets(facts: AdapterFacts) -> list[str]:
     targets = facts.config.get("target_modules")
     if not isinstance(targets, list):
         return []
-    paths = [slot.path for slot in facts.slots]
-    matched = {(target, path) for target in map(str, targets) for path in paths if f".{path}".endswith(f".{target}")}
-    unknown = [path for path in paths if path not in {path for _, path in matched}]
-    missing = sorted({str(target) for target in targets} - {target for target, _ in matched})
+    named = set(map(str, targets))
+    matched = {slot.path: named.intersection(_ends(slot.path)) for slot in facts.slots}
+    unknown = [path for path, own in matched.items() if not own]
+    missing = sorted(named.difference(*matched.values()))
     problems = [f"it has factors of {unknown[0]}, which target_modules does not name"] if unknown else []
     return problems + ([f"it has no factors of {missing[0]}, which target_modules names"] if missing else [])
+
+
+def _ends(path: str) -> list[str]:
+    """a.b.c, b.c, c: by one of these PEFT names a module."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _other_contents(facts: AdapterFacts) -> list[str]:

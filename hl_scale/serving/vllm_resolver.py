@@ -13,18 +13,23 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
+from hl_scale.config import ConfigError
 from hl_scale.serving.adapter_metrics import AdapterMetrics
 from hl_scale.serving.adapter_service import AdapterError, AdapterService, settings_from_environment
+from hl_scale.serving.engines import VLLM_RANKS
 from hl_scale.serving.generator_process import GenerationFailed
 
 _log = logging.getLogger(__name__)
+
+
+_metrics = functools.cache(AdapterMetrics)  # a registry takes them once, also when the service cannot be made
 
 
 @functools.cache
 def service() -> AdapterService | None:
     """The one of this process, made when it is first asked for; None where nothing is configured."""
     settings = settings_from_environment()
-    return None if settings is None else AdapterService(settings, AdapterMetrics())
+    return None if settings is None else AdapterService(settings, _metrics())
 
 
 def register() -> None:
@@ -75,6 +80,7 @@ class HyperLoraEndpoint:
         adapters, models = service(), getattr(state, "openai_serving_models", None)
         if adapters is None or models is None:
             return
+        check_arguments(adapters.config.lora.rank, args)
         models.lora_requests = known = AdaptersInUse(models.lora_requests, adapters.touch)
         adapters.before_removal = known.forget
         adapters.needed_by_engine = functools.partial(names_in_engine, engine_client)
@@ -82,22 +88,39 @@ class HyperLoraEndpoint:
 
 
 class AdaptersInUse(dict[str, Any]):
-    """vLLM's table of adapters, name -> request, that tells when a name is looked up."""
+    """vLLM's table of adapters, name -> request, that tells when a name is looked up.
+
+    Args:
+        entries: adapters that the server was started with; of these nothing is told.
+        used: called with the name; it may `forget` it, which then counts as not found.
+    """
 
     def __init__(self, entries: dict[str, Any], used: Callable[[str], None]) -> None:
         super().__init__(entries)
+        self._static = frozenset(entries)
         self._used = used
 
     def __contains__(self, name: object) -> bool:
-        found = super().__contains__(name)
-        if found:
+        if super().__contains__(name) and name not in self._static:
             self._used(str(name))
-        return found
+        return super().__contains__(name)
 
     def forget(self, names: Collection[str]) -> None:
         """Remove these names; the next request for one resolves it again."""
         for name in names:
             self.pop(name, None)
+
+
+def check_arguments(rank: int, args: Any) -> None:
+    """Raise ConfigError if a server with these arguments would refuse every adapter of this rank; nothing is known of
+    arguments that are not there."""
+    if not getattr(args, "enable_lora", True):
+        raise ConfigError("the server takes no adapters\n  fix: start it with --enable-lora")
+    largest = getattr(args, "max_lora_rank", rank)
+    if rank > largest:
+        enough = min((known for known in VLLM_RANKS if known >= rank), default=None)
+        fix = f"start it with --max-lora-rank {enough}" if enough else f"vLLM serves ranks up to {VLLM_RANKS[-1]}"
+        raise ConfigError(f"the run's adapters have rank {rank}, the server takes at most {largest}\n  fix: {fix}")
 
 
 def names_in_engine(engine_client: Any) -> set[str]:

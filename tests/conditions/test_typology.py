@@ -131,6 +131,8 @@ def test_conditions_are_read_from_names_and_from_feature_files(tmp_path) -> None
         ('{"Like as a quotativ particle": 1}', "closest: Like as a quotative particle"),
         ('{"1": 1.5}', "lie in \\[0, 1\\]"),
         ('{"1": NaN}', "lie in \\[0, 1\\]"),
+        ('{"1": 1' + 400 * "0" + "}", "lie in \\[0, 1\\]"),
+        ("[" * 10**5, "not valid JSON"),
         ('{"1": "A"}', "expected a number"),
         ('{"1": true}', "expected a number"),
     ],

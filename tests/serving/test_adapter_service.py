@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
+import shutil
 import signal
+import sys
 
 import pytest
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file
 
+from hl_scale.base.adapted import BaseModelError
 from hl_scale.config import ConfigError
 from hl_scale.engine.loop import train
 from hl_scale.engine.run import load_run
@@ -19,6 +24,7 @@ from hl_scale.serving.adapter_metrics import AdapterMetrics
 from hl_scale.serving.adapter_service import AdapterError, AdapterService, ServingSettings, settings_from_environment
 from hl_scale.serving.export import generate_adapter
 from hl_scale.serving.generator_process import GenerationFailed, GeneratorProcess
+from hl_scale.serving.vllm_resolver import AdaptersInUse
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -50,7 +56,7 @@ def open_service(run, generator, tmp_path):
     opened = []
 
     def make(**settings):
-        given = {"run": run, "cache": tmp_path / "cache", "deadline": 300.0, **settings}
+        given = {"run": run, "cache": tmp_path / "cache", "deadline": 3600.0, **settings}
         service = AdapterService(ServingSettings.model_validate(given), AdapterMetrics(CollectorRegistry()))
         service.generator = generator
         opened.append(service)
@@ -142,6 +148,7 @@ def test_names_that_are_no_conditions_are_refused_with_the_reason(open_service, 
     found, text = refusal(service, name)
     assert found == status and message in text
     assert service.cache.keys == [] and count(service, "refused") == 1
+    assert not service._numbers  # or names of strangers would fill the memory
 
 
 def test_descriptions_have_a_size_limit_where_they_are_served(open_service, refusal):
@@ -152,7 +159,7 @@ def test_descriptions_have_a_size_limit_where_they_are_served(open_service, refu
 def test_other_names_are_left_to_other_resolvers(open_service):
     service = open_service()
     assert service.serves("dialect:Nigerian English")
-    assert not any(map(service.serves, ["gemma", "/etc/passwd", "org/adapter", "standard"]))
+    assert not any(map(service.serves, ["gemma", "/etc/passwd", "org/adapter", "standard", "dialect"]))
 
 
 def test_the_cache_keeps_its_bound_by_removing_what_was_used_least_recently(open_service, ask, monkeypatch):
@@ -170,6 +177,54 @@ def test_the_cache_keeps_its_bound_by_removing_what_was_used_least_recently(open
     assert first.directory.is_dir() and third.directory.is_dir()
     assert service.cache.bytes <= service.cache.maximum_bytes
     assert ask(service, "dialect:Nigerian English") == [first] and count(service, "cached") == 1
+
+
+def test_an_adapter_is_not_removed_before_those_who_wait_for_it_have_it(open_service, loop, tiny_model):
+    service = open_service()
+    service.needed_by_engine = set
+
+    def another_lands(flight):
+        service.cache.maximum_bytes = 1
+        with contextlib.suppress(AdapterError):  # there is no room for it
+            service._make_room("0" * 64)
+
+    async def wait_for_one():
+        waiting = asyncio.create_task(service.resolve("dialect:Nigerian English", str(tiny_model)))
+        await asyncio.sleep(0)
+        (flight,) = service._flights.values()
+        flight.add_done_callback(another_lands)  # called before those who wait wake up
+        return await waiting
+
+    assert loop.run(wait_for_one()).directory.is_dir()
+
+
+def test_an_adapter_that_is_made_again_is_forgotten_before_its_files_go(open_service, ask):
+    service = open_service()
+    (found,) = ask(service, "dialect:Nigerian English")
+    weights = found.directory / "adapter_model.safetensors"
+    weights.write_bytes(b"")
+    there = []
+    service.before_removal = lambda names: there.extend((name, weights.exists()) for name in names)
+    assert ask(service, "dialect:NgE") == [found]
+    assert there == [("dialect:Nigerian English", True)]
+
+
+def test_what_was_removed_before_the_server_had_loaded_it_or_by_another_hand_is_not_found_any_more(
+    open_service, ask, monkeypatch
+):
+    monkeypatch.setattr(adapter_service, "KEEP_SECONDS", 0.0)
+    service = open_service()
+    table = AdaptersInUse({}, service.touch)
+    service.needed_by_engine, service.before_removal = set, table.forget
+    first, second = "dialect:Nigerian English", "dialect:Indian English"
+    ask(service, first)
+    service.cache.maximum_bytes = service.cache.bytes + 10
+    (found,) = ask(service, second)
+    table.update({first: "loaded after it was removed", second: "loaded", "other resolver's": "loaded"})
+    assert first not in table and second in table and "other resolver's" in table
+    shutil.rmtree(found.directory)
+    assert second not in table
+    assert ask(service, second) == [found] and found.directory.is_dir()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -206,10 +261,27 @@ def test_who_cannot_wait_is_told_so_and_the_adapter_is_made_all_the_same(open_se
         with pytest.raises(AdapterError, match="not ready after") as caught:
             await service.resolve("dialect:Nigerian English", str(tiny_model))
         assert caught.value.status == 503
-        service.settings = service.settings.model_copy(update={"deadline": 300.0})
+        service.settings = service.settings.model_copy(update={"deadline": 3600.0})
         return await service.resolve("dialect:Nigerian English", str(tiny_model))
 
     assert loop.run(impatient_then_patient()).directory.is_dir()
+
+
+def test_who_asks_when_an_adapter_is_overdue_does_not_wait_as_long_again(open_service, loop, tiny_model):
+    service = open_service()
+
+    async def ask_late():
+        first = asyncio.create_task(service.resolve("dialect:Nigerian English", str(tiny_model)))
+        await asyncio.sleep(0)
+        (key,) = service._begun
+        service._begun[key] -= service.settings.deadline
+        with pytest.raises(AdapterError, match="not ready after"):
+            await service.resolve("dialect:Nigerian English", str(tiny_model))
+        assert not first.done() and service._flights
+        await first
+        assert not service._begun
+
+    loop.run(ask_late())
 
 
 def test_a_killed_generator_is_started_again(open_service, ask, generator):
@@ -224,20 +296,19 @@ def test_a_killed_generator_is_started_again(open_service, ask, generator):
     assert generator.starts == starts + 1 and service.health()["problem"] is None
 
 
-def test_a_generator_that_hangs_is_killed(generator, loop, tiny_model, tmp_path):
-    loop.run(generator.start())
-    os.kill(generator._process.pid, signal.SIGSTOP)
-    request = {"condition": "dialect:Indian English", "directory": str(tmp_path), "base_model": "", "facts": {}}
+def test_a_generator_that_hangs_is_killed(loop):
+    process = GeneratorProcess([])
+    process.command = [sys.executable, "-c", "print('{}', flush=True); input(); input()"]
     with pytest.raises(GenerationFailed, match=r"did not answer within 0.2 s and was killed"):
-        loop.run(generator.generate(request, timeout=0.2))
-    assert not generator.running
+        loop.run(process.generate({}, timeout=0.2))
+    assert not process.running and process.starts == 1
 
 
 def test_a_generator_ends_when_its_server_does(generator, loop):
     loop.run(generator.start())
     process = generator._process
     process.stdin.close()
-    assert loop.run(asyncio.wait_for(process.wait(), 60)) == 0
+    assert loop.run(asyncio.wait_for(process.wait(), 600)) == 0
 
 
 def test_a_run_that_cannot_be_read_is_reported(loop, tmp_path):
@@ -245,6 +316,24 @@ def test_a_run_that_cannot_be_read_is_reported(loop, tmp_path):
     with pytest.raises(GenerationFailed, match="is not a run directory"):
         loop.run(process.start())
     assert not process.running and "is not a run directory" in process.problem
+
+
+def test_a_generator_that_cannot_be_started_is_reported(loop):
+    process = GeneratorProcess([])
+    process.command = ["/no/such/interpreter"]
+    with pytest.raises(GenerationFailed, match=r"cannot be started: .*/no/such/interpreter"):
+        loop.run(process.start())
+    assert not process.running and "cannot be started" in process.problem
+
+
+def test_a_base_that_is_not_here_is_reported_when_the_server_starts_and_not_to_a_client(run, open_service, tmp_path):
+    elsewhere = tmp_path / "run"
+    shutil.copytree(run, elsewhere)
+    written = (elsewhere / "config.yaml").read_text()
+    (elsewhere / "config.yaml").write_text(re.sub(r"(?m)^  model: .*$", "  model: package:gone", written))
+    with pytest.raises(BaseModelError, match="package:gone"):
+        open_service(run=elsewhere)
+    assert open_service(run=elsewhere, base="/models/gemma").step == 6
 
 
 def test_a_server_with_another_base_gets_no_adapters(open_service, loop, tmp_path):

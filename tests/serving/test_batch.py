@@ -124,7 +124,7 @@ def test_damaged_adapters_are_refused_together_and_replaced_on_demand(make_run, 
         elif damage == "other config":
             path.with_name("adapter_config.json").write_text('{"r": 5}')
         else:
-            path.with_name("hl_provenance.json").write_text("{")
+            path.with_name("hl_provenance.json").write_text("{" if name == "indian" else "[" * 10**5)
     with pytest.raises(RequestError, match=r"(?s)nigerian exists already.*indian exists already"):
         generate_adapters(run, requests(), tmp_path)
     assert entries(tmp_path) == ["indian", "nigerian"]
@@ -246,11 +246,11 @@ def test_a_file_of_conditions_is_read_in_order_and_its_feature_files_lie_beside_
         "-a",
     ],
 )
-def test_names_that_could_lead_elsewhere_are_refused(file_of, make_run, tmp_path, name):
+def test_names_that_could_lead_elsewhere_are_refused(file_of, tmp_path, name):
     with pytest.raises(RequestError, match=r"line 1: .*cannot name a directory"):
         read_requests(file_of((name, "standard")), typology.parse_condition)
     with pytest.raises(RequestError, match="cannot name a directory"):
-        generate_adapters(make_run("gemma"), [Request(name, typology.parse_condition("standard"))], tmp_path / "out")
+        generate_adapters(None, [Request(name, typology.parse_condition("standard"))], tmp_path / "out")
     assert entries(tmp_path) == ["conditions.jsonl"]
 
 
@@ -268,12 +268,14 @@ def test_all_bad_lines_are_reported_at_once(file_of):
     path = file_of(
         ("a", "dialect:Nigerian Englsh"), "nope", ("b", "standard"), '["a", "b"]', '{"name": "c"}',
         '{"name": 3, "condition": "standard"}', ("B", "standard"), b'{"name": "d", "condition": "\xff"}', b"[" * 5000,
-        ("../e", "what:ever"),
+        ("../e", "what:ever"), ("f", "features:huge.json"), ("g", "features:deep.json"),
     )  # fmt: skip
+    (path.parent / "huge.json").write_text('{"3": 1' + "0" * 400 + "}")
+    (path.parent / "deep.json").write_text("[" * 10**5)
     with pytest.raises(RequestError) as caught:
         read_requests(path, typology.parse_condition)
     message = str(caught.value)
-    for number in (1, 2, 4, 5, 6, 7, 8, 9, 10):
+    for number in (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12):
         assert f"line {number}: " in message
     assert "line 3: " not in message
     assert "the name 'B' is taken by line 3" in message
@@ -303,6 +305,26 @@ def test_the_command_writes_many_adapters_and_says_how_many(make_run, file_of, t
         assert caught.value.code == 0
         assert summary in capsys.readouterr().out
     assert len(entries(tmp_path / "out")) == count
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_an_interruption_between_the_renames_of_a_replacement_leaves_the_old_or_the_new(tmp_path, monkeypatch, renames):
+    for name, text in (("a", "old"), ("new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hl_provenance.json").write_text(text)
+    rename, left = os.rename, [renames]
+
+    def interrupted(*paths):
+        rename(*paths)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        staging.publish([tmp_path / "new"], [tmp_path / "a"], force=True)
+    assert (tmp_path / "a" / "hl_provenance.json").read_text() == ("old" if renames == 1 else "new")
+    assert entries(tmp_path) == (["a", "new"] if renames == 1 else ["a"])
 
 
 def test_publishing_over_an_unforced_target_keeps_it(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from hl_scale.conditions import typology
 from hl_scale.config import LoraConfig
 from hl_scale.data.library import Library, LibraryError
 from hl_scale.lora import LoraFactors
-from hl_scale.serving import OutputError
+from hl_scale.serving import ExportError, OutputError
 from hl_scale.serving.batch import Request, generate_adapters
 from hl_scale.serving.compression import (
     CompressionError,
@@ -146,6 +147,14 @@ def test_divergence_is_the_mean_over_positions_that_torch_computes(run, adapters
     assert found.restored == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.gpu
+def test_divergence_is_measured_on_the_device_of_the_base(run, adapters, tmp_path):
+    compressed = compress_adapters(adapters, tmp_path / "small", 24)
+    run.base.model.to("cuda")
+    found = measure_divergence(run, Library(adapters, None), compressed, TEXTS[:1], maximum_adapters=1)
+    assert found.restored < 1e-6 < found.effect
+
+
 def test_adapters_for_another_base_are_not_compared(run, adapters, tmp_path):
     compressed = compress_adapters(adapters, tmp_path / "small", 4)
     run.base.fingerprint = "0" * 64
@@ -184,7 +193,7 @@ def test_an_existing_directory_is_replaced_on_demand_and_only_if_it_is_ours(adap
         compress_adapters(adapters, tmp_path / "thesis", 5, force=True)
 
 
-@pytest.mark.parametrize("damage", ["tensors", "manifest", "provenance", "missing"])
+@pytest.mark.parametrize("damage", ["tensors", "manifest", "provenance", "missing", "deep"])
 def test_damaged_sets_are_refused(adapters, tmp_path, damage):
     directory = compress_adapters(adapters, tmp_path / "small", 4).directory
     if damage == "tensors":
@@ -195,10 +204,32 @@ def test_damaged_sets_are_refused(adapters, tmp_path, damage):
         path.write_text(path.read_text().replace("0.", "1.", 1))
     elif damage == "provenance":
         (directory / "hl_provenance.json").write_text("{}")
+    elif damage == "deep":
+        (directory / "hl_provenance.json").write_text("[" * 10**5)
     else:
         (directory / "compressed.json").unlink()
     with pytest.raises(CompressionError, match="fix: pass a directory that"):
         open_compressed(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda tensor: tensor.fill_(float("nan")), ExportError, "NaN or infinity in 1"),
+        (lambda tensor: tensor[:, :-1], CompressionError, "cannot be read"),
+    ],
+)
+def test_a_set_of_someone_else_that_holds_no_adapters_is_not_restored(adapters, tmp_path, change, error, message):
+    directory = compress_adapters(adapters, tmp_path / "small", 4).directory
+    path, facts = directory / "compressed.safetensors", json.loads((directory / "hl_provenance.json").read_text())
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(".U"))
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path)
+    facts["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (directory / "hl_provenance.json").write_text(json.dumps(facts))
+    with pytest.raises(error, match=message):
+        decompress_adapter(open_compressed(directory), "d0", tmp_path / "out")
+    assert entries(tmp_path) == ["adapters", "small"]
 
 
 def test_an_unknown_name_is_refused_and_cannot_lead_elsewhere(adapters, tmp_path):

@@ -107,6 +107,13 @@ def test_modules_left_out_in_some_layer_are_a_problem_for_lorax_alone(write):
     assert all(problems(directory, engine) == [] for engine in ("peft", "vllm", "sglang", "llamacpp"))
 
 
+def test_an_adapter_of_a_layer_with_a_huge_number_is_answered_at_once(write):
+    directory = write()
+    rename(directory, ".layers.1.", f".layers.{10**12}.")
+    edit_config(directory, target_modules=TARGETS)
+    assert "has no factors in layer 1:" in problems(directory, "lorax")[0]
+
+
 def test_patterns_of_target_modules_and_added_tokens_are_problems_for_sglang(write):
     directory = write()
     edit_config(directory, target_modules=".*_proj")

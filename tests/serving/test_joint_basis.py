@@ -119,6 +119,13 @@ def test_errors_norms_and_spread_are_those_of_dense_matrices_and_cores_are_proje
         assert torch.allclose(basis.mT @ basis, torch.eye(3, dtype=torch.float64), atol=1e-12)
 
 
+def test_the_spread_does_not_depend_on_how_many_rows_are_formed_at_a_time(monkeypatch):
+    a, b = factors(6, 2, 9, 8)
+    whole = joint_basis(a, b, 3).square_spread
+    monkeypatch.setattr("hl_scale.serving.joint_basis.ROWS", 3)
+    assert torch.allclose(joint_basis(a, b, 3).square_spread, whole, rtol=1e-12)
+
+
 def test_only_the_products_of_factors_matter():
     a, b = factors(5, 3, 9, 8)
     mix = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -135,6 +135,27 @@ def test_the_dequantised_base_needs_no_original_and_measures_nothing(make_run, t
     assert merge_adapter(make_run("gemma"), CONDITION, tmp_path / "merged", progress=False).differences == ()
 
 
+def test_an_adapter_that_is_smaller_than_the_rounding_is_warned_of(make_run, tmp_path, caplog):
+    run = make_run("gemma")
+    merge_adapter(run, CONDITION, tmp_path / "large", progress=False)
+    assert "rounding" not in caplog.text
+    for factor in run.hypernetwork.b.values():
+        factor.mul_(1e-4)
+    merge_adapter(run, CONDITION, tmp_path / "small", progress=False)
+    assert "rounding to bfloat16 changes logits" in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_merged_into_the_original_base(original_run, tmp_path):
+    run, _ = original_run("gemma")
+    run.base = load_base(run.config.base, run.config.lora, "cuda")
+    run.hypernetwork.to("cuda")
+    for side in (run.hypernetwork.a, run.hypernetwork.b):
+        side.update({path: factor.cuda() for path, factor in side.items()})
+    merged = merge_adapter(run, CONDITION, tmp_path / "merged", dtype="float32", merge_base="original", progress=False)
+    assert merged.check.relative_difference < 1e-4
+
+
 def test_an_original_that_is_not_there_any_more_is_refused(make_run, tmp_path):
     run = make_run("gemma")
     base_config = run.config.base.model_copy(update={"model": str(tmp_path / "gone")})

@@ -119,6 +119,16 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no rank": (lambda d: edit_config(d, r="8"), "r = '8' and lora_alpha = 6"),
     "true rank": (lambda d: edit_config(d, r=True), "r = True"),
     "alpha": (lambda d: edit_config(d, lora_alpha=float("nan")), "lora_alpha = nan"),
+    "huge rank": (lambda d: edit_config(d, r=10**400), "expected numbers"),
+    "huge alpha": (lambda d: edit_config(d, lora_alpha=10**400), "expected numbers"),
+    "huge header": (
+        lambda d: (d / "adapter_model.safetensors").write_bytes((2**26).to_bytes(8, "little") + b"{"),
+        "a header of 67108864 bytes, more than",
+    ),
+    "huge key": (
+        lambda d: edit_tensors(d, lambda t: t.update({f"{'a.' * 10**6}q_proj.lora_A.weight": torch.ones(3, 7)})),
+        r"has (a\.){500}, which are no factors of a LoRA",
+    ),
     "dora": (lambda d: edit_config(d, use_dora=True), "DoRA"),
     "bias": (lambda d: edit_config(d, bias="lora_only"), "trains biases"),
     "whole modules": (lambda d: edit_config(d, modules_to_save=["lm_head"]), "modules_to_save"),
