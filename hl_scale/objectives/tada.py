@@ -95,7 +95,7 @@ class TadaObjective(nn.Module):
 
     def critic(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(B,) log-odds that token states (B, T, D) are of dialect text."""
-        states = nn.functional.layer_norm(hidden.to(self.score[0].weight.dtype), hidden.shape[-1:])
+        states = nn.functional.layer_norm(hidden.to(next(self.parameters()).dtype), hidden.shape[-1:])
         real = mask.bool()
         read = self.tokens(states, src_key_padding_mask=~real)
         mean = (read * real[..., None]).sum(1) / real.sum(1, keepdim=True)
