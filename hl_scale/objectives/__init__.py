@@ -3,6 +3,7 @@
 from hl_scale.objectives.alignment import AlignmentObjective, EmptyCloudError
 from hl_scale.objectives.reconstruction import ReconstructionObjective
 from hl_scale.objectives.supervised import EmptyAnswerError, ResponseLoss, neftune_noise, weight_penalty
+from hl_scale.objectives.tada import TadaObjective, reverse_gradient, sentence_state_of
 
 __all__ = [
     "AlignmentObjective",
@@ -10,6 +11,9 @@ __all__ = [
     "EmptyCloudError",
     "ReconstructionObjective",
     "ResponseLoss",
+    "TadaObjective",
     "neftune_noise",
+    "reverse_gradient",
+    "sentence_state_of",
     "weight_penalty",
 ]
