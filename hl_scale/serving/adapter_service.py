@@ -170,8 +170,8 @@ class AdapterService:
         """The adapter of a model name, generated if need be; once, however many ask at the same time.
 
         Args:
-            name: "dialect:NAME", "task:NAME" or "description:WORDS"; "dialect:NAME+task:NAME" for the sum of a dialect's
-                adapter and a registered task adapter.
+            name: "dialect:NAME", "task:NAME" or "description:WORDS"; "dialect:NAME+task:NAME" for the sum of a
+                dialect's adapter and a registered task adapter.
             base_model: path or hub id of the served model, as the server names it.
 
         Raises:

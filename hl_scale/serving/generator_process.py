@@ -5,7 +5,7 @@ started again. Both sides exchange lines of JSON over pipes, one request at a ti
 
     <- {"ready": {"step": 1000}}                   once; or {"failed": "why"} and the process ends
     -> {"condition": "dialect:Indian English", "directory": "/cache/<key>", "base_model": "/models/gemma", "facts": {},
-        "task_adapter": null}                      or {"directory": "/adapters/sentiment", "fingerprint": "3f..."}: to add
+        "task_adapter": null}                      or to add one {"directory": "/adapters/mood", "fingerprint": "3f.."}
     <- {"seconds": 0.07}                           or {"refused": "not a condition"} or {"failed": "why"}
 
 The child ends when its input does, so also when the server is killed.

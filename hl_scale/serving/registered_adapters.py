@@ -54,8 +54,9 @@ class RegisteredAdapters:
         for name, directory in directories.items():
             if not _NAME.fullmatch(name) or name != name.strip():
                 raise ConfigError(
-                    f"HL_SCALE_SERVE_TASK_ADAPTERS: {name[:80]!r} cannot be asked for\n  fix: a name starts with a letter "
-                    "or digit and has at most 64 letters, digits, spaces, '.', '_' and '-'"
+                    f"HL_SCALE_SERVE_TASK_ADAPTERS: {name[:80]!r} cannot be asked for\n"
+                    "  fix: a name starts with a letter or digit and has at most 64 letters, digits, inner spaces, "
+                    "'.', '_' and '-'"
                 )
             bases = [base_reference(config.base), config.base.model, *([] if served is None else [served])]
             try:
