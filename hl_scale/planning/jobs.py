@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hl_scale.base import AdaptedModel
 from hl_scale.config import Config
 from hl_scale.data.library import LibraryStatistics
-from hl_scale.data.peft_directory import read_adapter
+from hl_scale.data.peft_directory import AdapterError, read_adapter
 from hl_scale.engine.supervised import check_head
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
@@ -176,7 +176,12 @@ def _task_adapter(config: Config, hypernetwork: Hypernetwork) -> LoraFactors | N
     """Sizes of `lora.task_adapter`, in the type that layers compute in; its numbers are not read."""
     if config.lora.task_adapter is None:
         return None
-    facts = read_adapter(config.lora.task_adapter)
+    try:
+        facts = read_adapter(config.lora.task_adapter)
+    except AdapterError as error:
+        raise AdapterError(
+            f"lora.task_adapter = {config.lora.task_adapter}: {error}\n  fix: give the PEFT directory of a plain LoRA"
+        ) from None
     with torch.device("meta"):
         a = {slot.path: torch.empty(1, facts.rank, slot.in_features) for slot in facts.slots}
         b = {slot.path: torch.empty(1, slot.out_features, facts.rank) for slot in facts.slots}
