@@ -9,8 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from hl_scale.base import load_base, read_task_adapter
+from hl_scale.cli import app
 from hl_scale.config import ConfigError
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.peft_directory import AdapterError
@@ -22,6 +24,7 @@ from hl_scale.engine.targets import TargetCache, tokenize
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import build_hypernetwork
 from hl_scale.objectives.alignment import AlignmentObjective
+from hl_scale.serving import validate_adapter
 
 pytestmark = pytest.mark.usefixtures("single_process")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -148,6 +151,26 @@ def test_a_loaded_run_knows_its_task_adapter_and_a_generator_its_fingerprint(tra
     alone = composed_factors(run, torch.ones(235))
     assert (composed.conditions, composed.rank, alone.conditions, alone.rank) == (2, 7, 1, 4)
     assert {slot.module for slot in composed.slots} == {"q_proj", "k_proj", "v_proj", "down_proj"}
+
+
+def test_the_command_writes_the_sum_and_says_what_the_run_was_trained_on(trained, adapter, tmp_path):
+    options = ["--condition", "dialect:Nigerian English", "--device", "cpu"]
+    for name, more in (("alone", []), ("both", ["--with-adapter", adapter, "--profile", "portable"])):
+        done = CliRunner().invoke(app, ["generate", str(trained), *options, *more, "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, done.exception
+    alone, both = (validate_adapter(tmp_path / name) for name in ("alone", "both"))
+    assert (alone.rank, len(alone.slots), both.rank, len(both.slots)) == (4, 4, 8, 8)
+    run = load_run(trained)
+    assert both.provenance["task_adapter_fingerprint"] == run.task_adapter.fingerprint
+    assert "task_adapter_fingerprint" not in alone.provenance
+    for facts in (alone, both):
+        assert facts.provenance["trained_on_task_adapter"] == run.task_adapter.fingerprint
+
+
+def test_the_command_adds_to_one_adapter_at_a_time(trained, adapter, tmp_path):
+    arguments = ["generate", str(trained), "--all-dialects", "--with-adapter", adapter, "--out", str(tmp_path / "all")]
+    done = CliRunner().invoke(app, arguments)
+    assert "--with-adapter goes with --condition" in str(done.exception) and not (tmp_path / "all").exists()
 
 
 def test_a_run_whose_task_adapter_was_changed_is_not_opened(trained, adapter, tmp_path):

@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture
 def write_task(dense_twin, tmp_path):
-    """write_task(run, architecture, targets, **options) -> directory of a random rank-3 LoRA, and PEFT's model with it."""
+    """write_task(run, architecture, targets, **options) -> directory of a random LoRA of rank 3, and PEFT's model."""
 
     def write(run, architecture, targets, **options):
         model = get_peft_model(dense_twin(run.base, architecture), PeftConfig(r=3, target_modules=targets, **options))
