@@ -104,7 +104,7 @@ def test_on_top_of_a_task_adapter_all_states_carry_it(make_run, corpus, on_task)
 @pytest.mark.parametrize("seed", [None, 1])
 def test_a_control_on_another_task_adapter_or_on_none_is_refused(make_run, corpus, on_task, seed):
     control = make_run("plain_lora")
-    with pytest.raises(EvaluationError, match="with the same lora.task_adapter"):
+    with pytest.raises(EvaluationError, match=r"with the same lora\.task_adapter"):
         evaluate_dialects(
             on_task(make_run()), corpus, control=control if seed is None else on_task(control, seed), progress=False
         )
