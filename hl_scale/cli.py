@@ -15,7 +15,7 @@ from rich.console import Console
 from hl_scale.config import Config, load_config
 
 if TYPE_CHECKING:
-    from hl_scale.base import AdaptedModel
+    from hl_scale.base import AdaptedModel, TaskAdapter
     from hl_scale.engine.run import LoadedRun
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ CONDITION_HELP = (
 Condition = Annotated[str, typer.Option("--condition", help=CONDITION_HELP)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU unless there is none")]
 _ENGINES = ("peft", "vllm", "sglang", "lorax", "llamacpp")
+WithAdapter = Annotated[Path | None, typer.Option(help="PEFT directory of a trained LoRA on the same base, to add")]
 Step = Annotated[int | None, typer.Option(help="checkpoint step; the newest unless given")]
 
 
@@ -180,6 +181,7 @@ def generate(
     profile: Annotated[
         str, typer.Option(help="plain, or portable: rank and scale that every engine accepts")
     ] = "plain",
+    with_adapter: WithAdapter = None,
     step: Step = None,
     device: Device = None,
     force: Annotated[bool, typer.Option(help="replace adapters written earlier")] = False,
@@ -193,12 +195,16 @@ def generate(
     from hl_scale.serving import batch, generate_adapter
 
     _choose("--profile", profile, ("plain", "portable"))
+    if with_adapter is not None and condition is None:
+        raise ValueError("--with-adapter goes with --condition: it is added to one adapter at a time")
     if [condition is not None, all_dialects, conditions is not None].count(True) != 1:
         raise ValueError("pass one of --condition, --all-dialects and --conditions")
     loaded = load_generator(run, step, device=device or default_device())
     chosen: Any = profile
     if condition is not None:
-        print(f"adapter: {generate_adapter(loaded, condition, out, profile=chosen, force=force)}")
+        added = _task_adapter(loaded, with_adapter)
+        written = generate_adapter(loaded, condition, out, profile=chosen, with_adapter=added, force=force)
+        print(f"adapter: {written}")
         return
     parse = loaded.conditions.parse
     requests = batch.all_dialects(loaded) if conditions is None else batch.read_requests(conditions, parse)
@@ -213,8 +219,8 @@ def check(
     base: Annotated[str | None, typer.Option(help="name or directory of the base it must be for")] = None,
 ) -> None:
     """Is an adapter whole, and what do engines make of it? Needs none of them; status 1 if one would refuse it."""
+    from hl_scale.data.validation import validate_adapter
     from hl_scale.serving.engines import check_engines
-    from hl_scale.serving.validation import validate_adapter
 
     names = engines.replace(" ", "").split(",")
     facts = validate_adapter(adapter, base_model_name_or_path=base)
@@ -239,6 +245,7 @@ def export(
     merge_base: Annotated[str, typer.Option(help="dequantized, as trained, or the original weights")] = "dequantized",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
     gguf: Annotated[bool, typer.Option("--gguf", help="write the adapter for llama.cpp")] = False,
+    with_adapter: WithAdapter = None,
     step: Step = None,
     device: Device = None,
     force: Annotated[bool, typer.Option(help="replace what was written earlier")] = False,
@@ -249,7 +256,9 @@ def export(
     if gguf:
         from hl_scale.serving.gguf_adapter import export_gguf
 
-        print(f"adapter: {export_gguf(_load(run, step, device), condition, out, force=force)}")
+        loaded = _load(run, step, device)
+        added = _task_adapter(loaded, with_adapter)
+        print(f"adapter: {export_gguf(loaded, condition, out, with_adapter=added, force=force)}")
         return
     from hl_scale.serving import merge_adapter
     from hl_scale.serving.original import difference_table
@@ -257,7 +266,9 @@ def export(
     _choose("--dtype", dtype, ("bfloat16", "float16", "float32"))
     _choose("--merge-base", merge_base, ("dequantized", "original"))
     loaded = _load(run, step, device)
-    written: Any = merge_adapter(loaded, condition, out, dtype=dtype, merge_base=merge_base, force=force)
+    added = _task_adapter(loaded, with_adapter)
+    chosen: Any = {"dtype": dtype, "merge_base": merge_base}
+    written = merge_adapter(loaded, condition, out, **chosen, with_adapter=added, force=force)
     if written.differences:
         Console(width=None if sys.stdout.isatty() else 160).print(difference_table(written.differences))
     print(f"merged checkpoint: {written.directory}")
@@ -383,6 +394,12 @@ def _load(directory: Path, step: int | None, device: str | None, base: AdaptedMo
     from hl_scale.engine.zero3 import default_device
 
     return load_run(directory, step, base, device or default_device())
+
+
+def _task_adapter(run: LoadedRun, directory: Path | None) -> TaskAdapter | None:
+    from hl_scale.base import read_task_adapter
+
+    return None if directory is None else read_task_adapter(directory, run.base, run.config.base)
 
 
 def main() -> None:

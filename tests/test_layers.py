@@ -65,7 +65,7 @@ save_file({f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": t
 config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 (directory / "adapter_config.json").write_text(json.dumps(config))
 from hl_scale.serving.engines import check_engines
-from hl_scale.serving.validation import validate_adapter
+from hl_scale.data.validation import validate_adapter
 print([finding.kind for finding in check_engines(validate_adapter(directory), ["vllm"])])
 """
 

@@ -3,6 +3,7 @@
 from hl_scale.base.adapted import AdaptedModel, BaseModelError
 from hl_scale.base.loading import adapt_model, load_base
 from hl_scale.base.quantized_linear import AdaptableLinear, FrozenLinear, QuantizedLinear
+from hl_scale.base.task_adapter import TaskAdapter, read_task_adapter
 
 __all__ = [
     "AdaptableLinear",
@@ -10,6 +11,8 @@ __all__ = [
     "BaseModelError",
     "FrozenLinear",
     "QuantizedLinear",
+    "TaskAdapter",
     "adapt_model",
     "load_base",
+    "read_task_adapter",
 ]

@@ -26,7 +26,10 @@ class BaseModelError(ValueError):
 
 
 class AdaptedModel(nn.Module):
-    """A transformers model with frozen `AdaptableLinear` layers, and the slots that receive factors.
+    """A transformers model with frozen `AdaptableLinear` layers, and the slots that receive generated factors.
+
+    Any of its linear layers takes the factors that are handed to it: slots are those of the target modules, for which a
+    hypernetwork generates, and a trained adapter that is added to generated ones may be of others.
 
     Args:
         model: transformers model whose linear layers were replaced.
@@ -62,9 +65,7 @@ class AdaptedModel(nn.Module):
         self._blocks: list[RecomputedBlock] = []
         if base is not None and base.gradient_checkpointing:
             for path, block in find_blocks(model).items():
-                slots = [slot for slot in self.slots if slot.path.startswith(path + ".")]
-                layers = [self.linears[slot.path] for slot in slots]
-                self._blocks.append(RecomputedBlock(block, slots, layers, base.offload_activations))
+                self._blocks.append(RecomputedBlock(block, path, self.linears, base.offload_activations))
 
     def _tile_mlps(self, tokens: int) -> None:
         mlps = find_mlps(self.model)
@@ -252,7 +253,7 @@ class AdaptedModel(nn.Module):
     def _adapted(self, factors: FactorSource | None, segments: Segments | None) -> Iterator[None]:
         """Hand each slot its factors for one forward pass; recomputed blocks keep what they need of them."""
         for block in self._blocks:
-            block.source, block.segments = factors, segments
+            block.adapt(factors, segments)
         inside = {slot.path for block in self._blocks for slot in block.slots}
         slots = [] if factors is None else [slot for slot in factors.slots if slot.path not in inside]
         try:
@@ -264,7 +265,7 @@ class AdaptedModel(nn.Module):
                     yield
         finally:
             for block in self._blocks:
-                block.source = block.segments = None
+                block.adapt(None, None)
 
     def gather_shared_inputs(self) -> None:
         """Before ZeRO-3 takes the base over: layers that are computed together are gathered together.
@@ -329,7 +330,7 @@ def find_slots(linears: dict[str, AdaptableLinear], lora: LoraConfig) -> tuple[S
         if name not in lora.target_modules:
             continue
         module = linears[path]
-        slot = Slot(_layer_index(path), name, path, module.in_features, module.out_features)
+        slot = slot_at(path, module)
         if lora.rank > min(slot.in_features, slot.out_features):
             raise BaseModelError(
                 f"lora.rank = {lora.rank} is larger than slot {path} ({slot.in_features} -> {slot.out_features})\n"
@@ -337,6 +338,11 @@ def find_slots(linears: dict[str, AdaptableLinear], lora: LoraConfig) -> tuple[S
             )
         slots.append(slot)
     return tuple(slots)
+
+
+def slot_at(path: str, layer: AdaptableLinear) -> Slot:
+    """The slot that a linear layer is."""
+    return Slot(_layer_index(path), path.rsplit(".", 1)[-1], path, layer.in_features, layer.out_features)
 
 
 def _layer_index(path: str) -> int:

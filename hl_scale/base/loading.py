@@ -271,6 +271,13 @@ def resolve_model(base: BaseModelConfig) -> Path:
         ) from None
 
 
+def base_reference(base: BaseModelConfig) -> str:
+    """How an adapter names its base: the hub id, or the absolute path of a local or packaged model."""
+    if base.model.startswith("package:") or Path(base.model).is_dir():
+        return str(resolve_model(base).resolve())
+    return base.model
+
+
 def stream_tensors(directory: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name in `model`, tensor) from every safetensors file, one tensor in memory at a time."""
     for name, read in locate_tensors(directory, model):

@@ -9,7 +9,7 @@ be gone before the next one's is made, so it detaches the factors and returns th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,28 +45,33 @@ class RecomputedBlock:
 
     Args:
         block: a transformer block.
-        slots: its slots.
-        layers: their layers.
+        path: where it is in the model.
+        linears: path -> frozen linear layer of the model.
         offload: keep the hidden states in host memory until backward.
     """
 
-    def __init__(
-        self, block: nn.Module, slots: Sequence[Slot], layers: Sequence[AdaptableLinear], offload: bool
-    ) -> None:
+    def __init__(self, block: nn.Module, path: str, linears: Mapping[str, AdaptableLinear], offload: bool) -> None:
         self.forward: Callable[..., Any] = block.forward
-        self.slots, self.layers, self.offload = tuple(slots), tuple(layers), offload
+        self.path, self.linears, self.offload = path, linears, offload
         self.source: FactorSource | None = None
+        self.slots: tuple[Slot, ...] = ()
         self.segments: Segments | None = None
         block.forward = self  # type: ignore[assignment]
 
+    def adapt(self, source: FactorSource | None, segments: Segments | None) -> None:
+        """Use these factors from the next pass on, as far as they are of layers of this block."""
+        within = () if source is None else tuple(s for s in source.slots if s.path.startswith(self.path + "."))
+        self.source, self.slots, self.segments = source if within else None, within, segments
+
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        source, segments = self.source, self.segments
-        inputs = [] if source is None else source.inputs(self.slots)
+        source, slots, segments = self.source, self.slots, self.segments
+        inputs = [] if source is None else source.inputs(slots)
 
         def run(hidden: Tensor, *inputs: Tensor) -> Any:
             if source is None:
                 return self.forward(hidden, *args, **kwargs)
-            with attached(self.layers, source.build(self.slots, inputs), source.scale, segments):
+            layers = [self.linears[slot.path] for slot in slots]
+            with attached(layers, source.build(slots, inputs), source.scale, segments):
                 return self.forward(hidden, *args, **kwargs)
 
         if not torch.is_grad_enabled():

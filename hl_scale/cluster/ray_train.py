@@ -45,6 +45,8 @@ def train_on_ray(config: Config) -> dict[str, Any]:
         paths = {"run.directory": config.run.directory, "data.directory": config.data.directory}
         if config.objective.kind == "reconstruction":
             paths["objective.library"] = config.objective.library
+        if config.lora.task_adapter is not None:
+            paths["lora.task_adapter"] = config.lora.task_adapter
         refuse_job_paths(paths)
         config = with_absolute_paths(config)
         storage = cluster.storage_path or str(Path(config.run.directory).parent)

@@ -36,10 +36,13 @@ def ray_session(log_to_driver: bool = True) -> Iterator[None]:
 def with_absolute_paths(config: Config) -> Config:
     """Workers run in other directories: make every path that this driver resolves absolute."""
     tree = config.model_dump(mode="json")
-    always = [("run", "directory"), ("data", "directory"), ("base", "cache_directory"), ("objective", "library")]
+    always = [
+        ("run", "directory"), ("data", "directory"), ("base", "cache_directory"), ("objective", "library"),
+        ("lora", "task_adapter"),
+    ]  # fmt: skip
     if_there = [("base", "model"), ("conditions", "encoder")]  # else the id of a hub, or of a package
     for section, key in (*always, *if_there):
-        path = Path(tree[section].get(key, ""))
+        path = Path(tree[section].get(key) or "")
         if path.parts and ((section, key) in always or path.is_dir()):
             tree[section][key] = str(path.absolute())
     return parse_config(tree)

@@ -81,6 +81,9 @@ class LoraConfig(Section):
     apply: Literal["auto", "lowrank", "merged"] = "auto"
     """How adapters are applied: `lowrank` as thin products beside the frozen one; `merged` into the weight while it is
     dequantised; `auto`: merged on CUDA for segments of 2,048 tokens and more, where it is faster."""
+    task_adapter: str | None = None
+    """Directory of a PEFT LoRA that stays frozen while the hypernetwork is trained on top of it: both are added, in
+    whichever layers each has, and targets are the states of the base with this adapter. For `alignment` alone."""
 
 
 class TrainingConfig(Section):
@@ -253,6 +256,14 @@ class Config(Section):
             raise ValueError("data of kind 'dialects' have the conditions of their corpus: leave conditions out")
         if tasks and self.conditions.kind == "typology":
             raise ValueError("data of kind 'tasks' need conditions.kind: descriptions or one_hot")
+        return self
+
+    @model_validator(mode="after")
+    def _task_adapter_is_aligned_on(self) -> Config:
+        if self.lora.task_adapter is not None and not isinstance(self.objective, AlignmentConfig):
+            raise ValueError(
+                f"lora.task_adapter is for objective.kind 'alignment', not {self.objective.kind!r}: leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ the numbers; nothing is ever unpickled. Needs torch and safetensors alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -66,6 +67,14 @@ class AdapterFacts:
     base_model: str | None
     base_fingerprint: str | None
     keys: Mapping[tuple[str, str], str]
+
+    def fingerprint(self, tensors: Mapping[tuple[str, str], Tensor]) -> str:
+        """sha256 of the update itself: scale, and names, types, shapes and bytes of the factors that `read` gives."""
+        digest = hashlib.sha256(json.dumps([self.scale, self.rank]).encode())
+        for place, tensor in sorted(tensors.items()):
+            digest.update(json.dumps([*place, str(tensor.dtype), list(tensor.shape)]).encode())
+            digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
 
     def read(self, path: str | None = None) -> dict[tuple[str, str], Tensor]:
         """The factors, of all layers unless one is given: (path, side) -> A (r, in) or B (out, r) in the dtype of the

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.conditions import typology
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.corpus import Corpus, Pair
@@ -22,7 +22,7 @@ from hl_scale.engine.training_module import TrainingModule, is_finite, is_identi
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import FactorSource
+from hl_scale.lora import FactorSource, LoraFactors, SummedFactors
 from hl_scale.objectives.alignment import AlignmentObjective
 
 
@@ -59,7 +59,8 @@ class AlignmentBatch:
 
 
 class AlignmentModule(TrainingModule):
-    """See `TrainingModule`. With `packed` the base sees sentences end to end, without padding."""
+    """See `TrainingModule`. With `packed` the base sees sentences end to end, without padding; `fixed`, the factors of
+    a frozen adapter (E = 1) under the hypernetwork's scale, are added to the generated ones."""
 
     def __init__(
         self,
@@ -68,16 +69,20 @@ class AlignmentModule(TrainingModule):
         objective: AlignmentObjective,
         partition_base: bool,
         packed: bool = False,
+        fixed: LoraFactors | None = None,
     ) -> None:
         super().__init__(hypernetwork, base, partition_base)
         self.objective = objective
         self.packed = packed
+        self.fixed = fixed
 
     def forward(self, batch: AlignmentBatch) -> Tensor:
         """Mean divergence of the micro-batch, ()."""
         factors = self.hypernetwork(batch.conditions)
         if factors.conditions != 1 and not is_identity(batch.condition_index, factors.conditions):
             factors = factors.select(batch.condition_index)
+        if self.fixed is not None:
+            factors = SummedFactors(factors, self.fixed)
         hidden = (
             self._packed_states(batch, factors)
             if self.packed
@@ -105,9 +110,11 @@ class AlignmentWorkload:
 
     condition_size = typology.NUM_FEATURES
 
-    def __init__(self, config: Config, base: AdaptedModel, corpus: Corpus) -> None:
+    def __init__(
+        self, config: Config, base: AdaptedModel, corpus: Corpus, task_adapter: TaskAdapter | None = None
+    ) -> None:
         training = config.training
-        self.config, self.base = config, base
+        self.config, self.base, self.task_adapter = config, base, task_adapter
         self.pairs = corpus.train
         self.data_fingerprint = corpus_fingerprint(corpus)
         minimum = 1 + config.alignment.skip_first_token
@@ -116,7 +123,7 @@ class AlignmentWorkload:
             lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches
         )
         self.objective = AlignmentObjective(config.alignment)
-        self.targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), base, self.objective)
+        self.targets = TargetCache(Path(f"{Path(config.data.directory)}-targets"), base, self.objective, task_adapter)
 
     def prepare(self, world: World, report: Callable[[str], None]) -> None:
         """Compute the frozen targets that are not on disk; collective."""
@@ -128,7 +135,11 @@ class AlignmentWorkload:
 
     def module(self, hypernetwork: Hypernetwork) -> AlignmentModule:
         partitioned, packed = self.config.base.placement == "zero3", self.config.training.packed
-        return AlignmentModule(hypernetwork, self.base, self.objective, partitioned, packed)
+        fixed = None
+        if self.task_adapter is not None:  # rescaled in float32, then rounded once to what layers compute in
+            parameter = next(p for p in self.base.model.parameters() if p.is_floating_point())
+            fixed = self.task_adapter.factors.rescaled(hypernetwork.scale).to(parameter.device, parameter.dtype)
+        return AlignmentModule(hypernetwork, self.base, self.objective, partitioned, packed, fixed)
 
     def names(self, samples: np.ndarray) -> list[int]:
         """Pair ids."""

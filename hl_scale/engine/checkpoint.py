@@ -64,6 +64,8 @@ class Manifest(_Strict):
     base_fingerprint: str
     data_fingerprint: str
     settings_fingerprint: str | None = None
+    task_adapter_fingerprint: str | None = None
+    """Of `lora.task_adapter`, where there is one."""
     seed: int
     skipped_steps: Annotated[int, Field(ge=0)] = 0
     """Steps among them that changed nothing because a number was not finite; Adam did not count those."""

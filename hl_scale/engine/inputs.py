@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hl_scale.base import AdaptedModel, load_base
+from hl_scale.base import AdaptedModel, TaskAdapter, load_base
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.sampling import BatchPlan
@@ -16,7 +16,7 @@ from hl_scale.data.tasks import open_tasks
 from hl_scale.engine import checkpoint, zero3
 from hl_scale.engine.alignment import AlignmentWorkload
 from hl_scale.engine.reconstruction import ReconstructionWorkload
-from hl_scale.engine.run import check_run_directory, settings_fingerprint
+from hl_scale.engine.run import check_run_directory, fingerprint_of, load_task_adapter, settings_fingerprint
 from hl_scale.engine.supervised import SupervisedWorkload
 from hl_scale.engine.training_module import Batch, TrainingModule
 from hl_scale.engine.zero3 import World
@@ -50,6 +50,10 @@ class Workload(Protocol):
     @property
     def sampler(self) -> Sampler: ...
 
+    @property
+    def task_adapter(self) -> TaskAdapter | None:
+        """A frozen adapter that generated ones are added to."""
+
     def prepare(self, world: World, report: Callable[[str], None]) -> None:
         """Compute what is not on disk yet; collective. `report` is told what goes on."""
 
@@ -68,7 +72,8 @@ def load_inputs(config: Config, world: World) -> Workload:
     check_run_directory(config)
     if config.objective.kind == "alignment":
         corpus = load_corpus(config.data.directory)  # before the base, which takes longer to load
-        return AlignmentWorkload(config, _load_base(config, world), corpus)
+        base = _load_base(config, world)
+        return AlignmentWorkload(config, base, corpus, load_task_adapter(config, base))
     tasks = open_tasks(config.tasks)
     kind = SupervisedWorkload if config.objective.kind == "supervised" else ReconstructionWorkload
     return kind(config, _load_base(config, world), tasks)
@@ -87,14 +92,19 @@ def check_agreement(config: Config, inputs: Workload, world: World) -> None:
     Raises:
         ConfigError: on every rank, naming a rank that differs and in what.
     """
-    paths = {"data.directory", "base.model", "base.cache_directory"}  # where things are may differ between nodes
+    # Where things are may differ between nodes.
+    paths = {"data.directory", "base.model", "base.cache_directory", "lora.task_adapter"}
     settings = {
         f"{section}.{key}": value
         for section, keys in config.model_dump(mode="json").items()
         for key, value in keys.items()
         if section not in ("run", "cluster") and f"{section}.{key}" not in paths
     }
-    facts = {"base model": inputs.base.fingerprint, "corpus": inputs.data_fingerprint}
+    facts = {
+        "base model": inputs.base.fingerprint,
+        "corpus": inputs.data_fingerprint,
+        "task adapter": fingerprint_of(inputs.task_adapter),
+    }
     everywhere = zero3.gather_objects((facts, {**settings, "run.seed": config.run.seed}), world)
     for rank, others in enumerate(everywhere):
         for own, first, kind in zip(others, everywhere[0], ("", "configuration"), strict=True):
@@ -129,6 +139,12 @@ def find_checkpoint(config: Config, inputs: Workload, world: World) -> checkpoin
 
 def _check_origin(found: checkpoint.Checkpoint, config: Config, inputs: Workload) -> None:
     manifest = found.manifest
+    trained, given = manifest.task_adapter_fingerprint, fingerprint_of(inputs.task_adapter)
+    if trained != given:
+        raise checkpoint.CheckpointError(
+            f"{found.directory} was trained on task adapter {str(trained)[:12]}, lora.task_adapter is now "
+            f"{str(given)[:12]}\n  fix: restore that adapter, or choose another run.directory"
+        )
     for name, saved, now in (
         ("base_fingerprint", manifest.base_fingerprint, inputs.base.fingerprint),
         ("data_fingerprint", manifest.data_fingerprint, inputs.data_fingerprint),

@@ -27,7 +27,7 @@ from hl_scale.engine.inputs import Workload, check_agreement, find_checkpoint, l
 from hl_scale.engine.interruption import stop_on_signal
 from hl_scale.engine.memory import peak_bytes, return_large_blocks
 from hl_scale.engine.progress import Reporter, check_loggers
-from hl_scale.engine.run import check_run_directory, open_run_directory, settings_fingerprint
+from hl_scale.engine.run import check_run_directory, fingerprint_of, open_run_directory, settings_fingerprint
 from hl_scale.engine.run_lock import Claim, check_shared, exclusive
 from hl_scale.engine.watchdog import Watchdog
 from hl_scale.engine.zero3 import World
@@ -221,6 +221,7 @@ class _Loop:
             "base_fingerprint": self.inputs.base.fingerprint,
             "data_fingerprint": self.inputs.data_fingerprint,
             "settings_fingerprint": settings_fingerprint(self.config),
+            "task_adapter_fingerprint": fingerprint_of(self.inputs.task_adapter),
             "seed": self.config.run.seed,
             "skipped_steps": self.skipped_steps,
             "loss": loss,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.library import Library
 from hl_scale.data.sampling import TaskSampler
@@ -65,6 +65,8 @@ class ReconstructionWorkload:
     Raises:
         ValueError: a library that is missing or damaged, adapters of another base or of no seen task.
     """
+
+    task_adapter: TaskAdapter | None = None
 
     def __init__(self, config: Config, base: AdaptedModel, tasks: TaskSet) -> None:
         self.config, self.base = config, base

@@ -11,30 +11,32 @@ import json
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hl_scale.base import AdaptedModel, load_base
+from hl_scale.base import AdaptedModel, TaskAdapter, load_base, read_task_adapter
 from hl_scale.base.loading import outline_base
 from hl_scale.config import Config, ConfigError, dump_config, load_config
 from hl_scale.data.durable import write_text
 from hl_scale.engine import checkpoint
 from hl_scale.engine.conditions import Conditions, open_conditions
 from hl_scale.hypernetwork import Hypernetwork, build_hypernetwork
+from hl_scale.lora import LoraFactors, sum_factors
 
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "bitsandbytes", "geomloss", "peft", "value-nlp", "numpy")
-# Sections and keys that may change when a run is continued: they do not change what is computed, or, of the corpus and
-# the base, fingerprints in the checkpoint tell whether they are the same.
+# Sections and keys that may change when a run is continued: they do not change what is computed, or, of the corpus, the
+# base and the task adapter, fingerprints in the checkpoint tell whether they are the same.
 _MAY_CHANGE = {
     "run.directory", "cluster", "evaluation", "zero3", "data.directory", "data.num_workers", "base.model",
     "base.cache_directory", "base.placement", "base.gradient_checkpointing", "base.offload_activations",
-    "base.mlp_tile_tokens", "objective.logit_tokens", "hypernetwork.generate_per_block", "training.micro_batch_size",
-    "training.save_every", "training.save_in_background", "training.keep_checkpoints", "training.keep_every",
-    "training.commit", "training.hang_timeout_seconds", "training.maximum_consecutive_skips", "training.log_every",
-    "training.loggers",
+    "base.mlp_tile_tokens", "lora.task_adapter", "objective.logit_tokens", "hypernetwork.generate_per_block",
+    "training.micro_batch_size", "training.save_every", "training.save_in_background", "training.keep_checkpoints",
+    "training.keep_every", "training.commit", "training.hang_timeout_seconds", "training.maximum_consecutive_skips",
+    "training.log_every", "training.loggers",
 }  # fmt: skip
 _TASK_PREPARATION = {
     "data.sources", "data.tasks", "data.excluded_tasks", "data.heldout_tasks", "data.training_examples",
@@ -54,6 +56,10 @@ class LoadedRun:
     step: int
     data_fingerprint: str | None = None
     """Of the corpus it was trained on."""
+    task_adapter: TaskAdapter | None = None
+    """What it was trained on top of (`lora.task_adapter`); `load_generator` does not read it."""
+    task_adapter_fingerprint: str | None = None
+    """Of the same, from the checkpoint."""
 
 
 def load_run(
@@ -72,7 +78,7 @@ def load_run(
 
     Raises:
         ConfigError: not a run directory, or it has no checkpoint yet.
-        CheckpointError: damaged, or trained on another base.
+        CheckpointError: damaged, or trained on another base or task adapter.
     """
     config, found = _open_run(Path(directory), step)
     base = load_base(config.base, config.lora, device) if base is None else base
@@ -82,7 +88,44 @@ def load_run(
             f"now gives {base.fingerprint[:12]}\n"
             "  fix: restore the model revision or the quantisation settings of that run"
         )
-    return _loaded_run(Path(directory), config, found, base, device)
+    run = _loaded_run(Path(directory), config, found, base, device)
+    task_adapter = load_task_adapter(config, base)
+    if fingerprint_of(task_adapter) != run.task_adapter_fingerprint:
+        raise checkpoint.CheckpointError(
+            f"{found.directory} was trained on task adapter {str(run.task_adapter_fingerprint)[:12]}, but "
+            f"lora.task_adapter = {config.lora.task_adapter} is {str(fingerprint_of(task_adapter))[:12]}\n"
+            "  fix: restore that adapter"
+        )
+    return replace(run, task_adapter=task_adapter)
+
+
+def load_task_adapter(config: Config, base: AdaptedModel) -> TaskAdapter | None:
+    """What `lora.task_adapter` names; AdapterError if it cannot be used with this base, see `read_task_adapter`."""
+    return None if config.lora.task_adapter is None else read_task_adapter(config.lora.task_adapter, base, config.base)
+
+
+def fingerprint_of(task_adapter: TaskAdapter | None) -> str | None:
+    """Of a task adapter, if there is one."""
+    return None if task_adapter is None else task_adapter.fingerprint
+
+
+@torch.no_grad()
+def composed_factors(run: LoadedRun, vectors: Tensor, task_adapter: TaskAdapter | None = None) -> LoraFactors:
+    """Adapters of conditions, each added to a task adapter if one is given.
+
+    Args:
+        run: whose hypernetwork generates.
+        vectors: (E, C) conditions, or (C,) of one.
+        task_adapter: of the same base (`read_task_adapter`); it need not be the one that the run was trained on top of,
+            which is not added by itself.
+
+    Returns:
+        Factors of E conditions on the hypernetwork's device, without gradients (E = 1 from a plain LoRA); with a task
+        adapter as `sum_factors` gives them.
+    """
+    device = next(run.hypernetwork.parameters()).device
+    factors: LoraFactors = run.hypernetwork(torch.atleast_2d(vectors).float().to(device))
+    return factors if task_adapter is None else sum_factors(factors, task_adapter.factors.to(device))
 
 
 def load_generator(
@@ -138,7 +181,10 @@ def _loaded_run(
     hypernetwork = build_hypernetwork(whole, config.lora, base.slots, conditions.size)
     checkpoint.load_weights(hypernetwork, found, prefix="hypernetwork.")
     hypernetwork.requires_grad_(False).eval().to(device)
-    return LoadedRun(directory, config, base, hypernetwork, conditions, found.step, found.manifest.data_fingerprint)
+    return LoadedRun(
+        directory, config, base, hypernetwork, conditions, found.step, found.manifest.data_fingerprint,
+        task_adapter_fingerprint=found.manifest.task_adapter_fingerprint,
+    )  # fmt: skip
 
 
 def check_run_directory(config: Config) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.config import Config, ConfigError, TaskDataConfig
 from hl_scale.data.sampling import TaskSampler
 from hl_scale.data.tasks import Example, TaskSet
@@ -135,6 +135,8 @@ class SupervisedWorkload:
     Raises:
         ValueError: an answer that does not fit, a model without a head, an encoder that cannot be loaded.
     """
+
+    task_adapter: TaskAdapter | None = None
 
     def __init__(self, config: Config, base: AdaptedModel, tasks: TaskSet) -> None:
         self.config, self.base = config, base

@@ -1,6 +1,7 @@
 """Frozen targets: the base's own states of each standard sentence, computed once and kept on disk.
 
-Keyed by model fingerprint, normalisation and text, so they are shared by runs and never mixed up between bases.
+Keyed by fingerprints of model and task adapter, normalisation and text, so they are shared by runs and never mixed up
+between bases.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 from hl_scale.objectives.alignment import AlignmentObjective
@@ -31,15 +32,24 @@ class TargetCache:
     """Token clouds of standard sentences.
 
     Args:
-        directory: parent directory; one sub-directory per (base, normalisation).
+        directory: parent directory; one sub-directory per (base, task adapter, normalisation).
         base: the frozen base.
         objective: normalisation and token mask.
+        task_adapter: what the base carries where states are computed, if anything.
     """
 
-    def __init__(self, directory: Path, base: AdaptedModel, objective: AlignmentObjective) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        base: AdaptedModel,
+        objective: AlignmentObjective,
+        task_adapter: TaskAdapter | None = None,
+    ) -> None:
         key = f"{base.fingerprint}|{objective.config.normalization}|{objective.config.skip_first_token}"
+        key += "" if task_adapter is None else f"|{task_adapter.fingerprint}"
         self.directory = directory / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.base = base
+        self.factors = None if task_adapter is None else task_adapter.factors
         self.objective = objective
         self._found: dict[str, Path] = {}
         self._read = lru_cache(maxsize=CLOUDS_IN_MEMORY)(self._load)
@@ -111,10 +121,11 @@ class TargetCache:
             temporary.unlink(missing_ok=True)
 
     def clouds(self, texts: list[str], device: torch.device) -> list[Tensor]:
-        """Token clouds of a few texts by one pass of the bare base: list of (M_i, D)."""
+        """Token clouds of a few texts by one pass without a generated adapter: list of (M_i, D)."""
         input_ids, mask = tokenize(self.base, texts)
         with torch.no_grad():
-            hidden = self.base.hidden_states(input_ids.to(device), mask.to(device))
+            factors = None if self.factors is None else self.factors.to(device)
+            hidden = self.base.hidden_states(input_ids.to(device), mask.to(device), factors)
             states = self.objective.normalize(hidden).to(hidden.dtype).cpu()
         kept = self.objective.token_mask(mask)
         return [states[row, kept[row]].contiguous() for row in range(len(texts))]

@@ -112,8 +112,12 @@ def evaluate_dialects(
     bootstrap = SentenceBootstrap(len(heldout.standard), samples=settings.bootstrap_samples, seed=settings.seed)
     with progress_bar(_passes(heldout, control is not None, run.base.has_head), "sentences", progress) as advance:
         objective = AlignmentObjective(run.config.alignment)
-        arm = _Arm(run, Measurer(run.base, objective, settings.batch_size, advance))
-        plain = _Arm(control, Measurer(control.base, objective, settings.batch_size, advance)) if control else None
+
+        def measurer(each: LoadedRun) -> Measurer:
+            return Measurer(each.base, objective, settings.batch_size, advance, each.task_adapter)
+
+        arm = _Arm(run, measurer(run))
+        plain = _Arm(control, measurer(control)) if control else None
         tokens = arm.measurer.tokenize([pair.standard for pair in heldout.standard])
         standard = _Standard(tokens, arm.measurer.frozen_clouds(tokens))
         training = TrainingConditions.of(corpus.train)
@@ -203,6 +207,12 @@ def _check_control(run: LoadedRun, control: LoadedRun | None) -> None:
         raise EvaluationError(
             f"the control run {control.directory} was trained on another base ({control.base.fingerprint[:12]} instead "
             f"of {run.base.fingerprint[:12]})\n  fix: train the control with the same base section"
+        )
+    if control.task_adapter_fingerprint != run.task_adapter_fingerprint:
+        raise EvaluationError(
+            f"the control run {control.directory} was trained on task adapter "
+            f"{str(control.task_adapter_fingerprint)[:12]}, the run on {str(run.task_adapter_fingerprint)[:12]}\n"
+            "  fix: train the control with the same lora.task_adapter"
         )
 
 

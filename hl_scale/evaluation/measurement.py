@@ -15,8 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hl_scale.lora import sum_factors
+
 if TYPE_CHECKING:
-    from hl_scale.base.adapted import AdaptedModel
+    from hl_scale.base import AdaptedModel, TaskAdapter
     from hl_scale.lora import LoraFactors
     from hl_scale.objectives.alignment import AlignmentObjective
 
@@ -47,11 +49,14 @@ class CloudStatistics:
 class Measurer:
     """Runs one adapted model over texts.
 
+    With a task adapter "the base" is the base that carries it, here and in what uses this: factors are added to it.
+
     Args:
         base: the adapted model.
         objective: supplies the normalisation, the token mask and the divergence that training used.
         batch_size: largest number of sentences in a forward pass.
         advance: called with the number of sentences that were just done.
+        task_adapter: what the run was trained on top of, if anything.
     """
 
     def __init__(
@@ -60,12 +65,14 @@ class Measurer:
         objective: AlignmentObjective,
         batch_size: int,
         advance: Callable[[int], None] = lambda done: None,
+        task_adapter: TaskAdapter | None = None,
     ) -> None:
         self.base = base
         self.objective = objective
         self.batch_size = batch_size
         self.advance = advance
         self.device = next(base.model.parameters()).device
+        self.fixed = None if task_adapter is None else task_adapter.factors.to(self.device)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of every text, special tokens included.
@@ -88,7 +95,7 @@ class Measurer:
         clouds: list[Tensor] = [torch.empty(0)] * len(tokens)
         for rows in self._batches(tokens):
             input_ids, attention_mask = self._padded([tokens[row] for row in rows])
-            states = self.objective.normalize(self.base.hidden_states(input_ids, attention_mask, None)).cpu()
+            states = self.objective.normalize(self._hidden(input_ids, attention_mask, None)).cpu()
             mask = self.objective.token_mask(attention_mask).cpu()
             for row, cloud, keep in zip(rows, states, mask, strict=True):
                 clouds[row] = cloud[keep].clone()
@@ -113,7 +120,7 @@ class Measurer:
         means = np.empty((len(tokens), targets[0].shape[1]))
         for rows in self._batches(tokens):
             input_ids, attention_mask = self._padded([tokens[row] for row in rows])
-            hidden = self.base.hidden_states(input_ids, attention_mask, factors)
+            hidden = self._hidden(input_ids, attention_mask, factors)
             target, target_mask = self._stacked([targets[row] for row in rows])
             batch = self.objective.divergence(hidden, attention_mask, target, target_mask)
             mask = self.objective.token_mask(attention_mask)
@@ -132,13 +139,22 @@ class Measurer:
         rows_per_chunk = max(1, min(self.batch_size, LOGIT_BYTES // (4 * vocabulary * longest)))
         for rows in self._batches(tokens, rows_per_chunk):
             input_ids, attention_mask = self._padded([tokens[row] for row in rows])
-            logits = self.base.logits(input_ids, attention_mask, factors)[:, :-1]
+            logits = self.base.logits(input_ids, attention_mask, self._carried(factors))[:, :-1]
             labels = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
             for row, row_logits, row_labels in zip(rows, logits, labels, strict=True):
                 loss = torch.nn.functional.cross_entropy(row_logits.float(), row_labels, reduction="sum")
                 losses[row] = loss.item()
             self.advance(len(rows))
         return losses, np.array([len(ids) - 1 for ids in tokens], dtype=np.float64)
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, factors: LoraFactors | None) -> Tensor:
+        return self.base.hidden_states(input_ids, attention_mask, self._carried(factors))
+
+    def _carried(self, factors: LoraFactors | None) -> LoraFactors | None:
+        """What the model carries: the factors, added to the task adapter."""
+        if self.fixed is None or factors is None:
+            return self.fixed if factors is None else factors
+        return sum_factors(factors, self.fixed)
 
     def _batches(self, tokens: Tokens, batch_size: int | None = None) -> list[npt.NDArray[np.intp]]:
         """Row numbers of every batch, neighbours in length together."""

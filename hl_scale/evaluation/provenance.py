@@ -29,6 +29,7 @@ def describe_run(run: LoadedRun) -> dict[str, Any]:
         "training_pairs": run.step * config.training.global_batch_size,
         "learning_rate": config.training.learning_rate,
         "data_mode": config.data.mode if config.data.kind == "dialects" else "tasks",
+        **({} if run.task_adapter is None else run.task_adapter.provenance),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hl_scale.base import AdaptedModel
 from hl_scale.config import Config
 from hl_scale.data.library import LibraryStatistics
+from hl_scale.data.peft_directory import AdapterError, read_adapter
 from hl_scale.engine.supervised import check_head
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
@@ -34,10 +35,11 @@ class Job:
         partitioned: whether ZeRO-3 partitions the base.
         loss: the module that ZeRO-3 gathers the output layer for, where there is one.
         group: samples of a pass that share a condition.
+        fixed: factors of the task adapter on the meta device, if there is one.
 
     Raises:
         ValueError: a base or an encoder without a readable configuration, slots that do not exist, a supervised run of
-            a model without a head.
+            a model without a head, a task adapter that cannot be read.
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,6 +50,7 @@ class Job:
         self.partitioned = config.base.placement == "zero3" and self.runs_base
         self.group = config.tasks.examples_per_condition if self.kind == "supervised" else 1
         self.loss: AnswerLoss | None = None
+        self.fixed = _task_adapter(config, self.hypernetwork)
         if self.kind == "supervised":
             check_head(self.base)
             self.loss = AnswerLoss(self.base, config)
@@ -70,7 +73,7 @@ class Job:
         supervised one are traced apart. Arguments as for `tracing.trace_pass`."""
         base, hypernetwork, packed = self.base, self.hypernetwork, self.config.training.packed
         if self.kind == "alignment":
-            return tracing.trace_pass(base, hypernetwork, samples, tokens, packed, block)
+            return tracing.trace_pass(base, hypernetwork, samples, tokens, packed, block, self.fixed)
         if self.kind == "reconstruction":
             return tracing.trace_job(base, hypernetwork, samples, self._targets, self._distance, block)
         conditions = -(-samples // self.group)
@@ -167,3 +170,19 @@ def _statistics(hypernetwork: Hypernetwork) -> LibraryStatistics:
         b = {slot.path: torch.empty(1, slot.out_features, hypernetwork.rank) for slot in hypernetwork.slots}
     factors = LoraFactors(hypernetwork.slots, a, b, hypernetwork.scale)
     return LibraryStatistics(factors, factors, 1.0)
+
+
+def _task_adapter(config: Config, hypernetwork: Hypernetwork) -> LoraFactors | None:
+    """Sizes of `lora.task_adapter`, in the type that layers compute in; its numbers are not read."""
+    if config.lora.task_adapter is None:
+        return None
+    try:
+        facts = read_adapter(config.lora.task_adapter)
+    except AdapterError as error:
+        raise AdapterError(
+            f"lora.task_adapter = {config.lora.task_adapter}: {error}\n  fix: give the PEFT directory of a plain LoRA"
+        ) from None
+    with torch.device("meta"):
+        a = {slot.path: torch.empty(1, facts.rank, slot.in_features) for slot in facts.slots}
+        b = {slot.path: torch.empty(1, slot.out_features, facts.rank) for slot in facts.slots}
+    return LoraFactors(facts.slots, a, b, hypernetwork.scale).to("meta", getattr(torch, config.base.compute_dtype))

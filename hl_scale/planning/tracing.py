@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from hl_scale.base import AdaptedModel
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
+from hl_scale.lora import LoraFactors, SummedFactors
 from hl_scale.objectives.alignment import AlignmentObjective
 
 ACTIVATIONS = "activations"
@@ -190,7 +191,13 @@ class PassMemory:
 
 
 def trace_pass(
-    base: AdaptedModel, hypernetwork: Hypernetwork, pairs: int, tokens: int, packed: bool, block: int = 0
+    base: AdaptedModel,
+    hypernetwork: Hypernetwork,
+    pairs: int,
+    tokens: int,
+    packed: bool,
+    block: int = 0,
+    fixed: LoraFactors | None = None,
 ) -> PassMemory:
     """A training pass over `pairs` texts of `tokens` tokens under as many conditions.
 
@@ -199,10 +206,12 @@ def trace_pass(
         hypernetwork: on the same device.
         packed: texts end to end instead of as rows.
         block: see `Allocations`.
+        fixed: factors of a task adapter, which are added to generated ones.
     """
 
     def run(factors: Any) -> Tensor:
-        return states(base, factors, pairs, tokens, packed)
+        added = factors if fixed is None else SummedFactors(factors, fixed)
+        return states(base, added, pairs, tokens, packed)
 
     return trace_job(base, hypernetwork, pairs, run, block=block)
 

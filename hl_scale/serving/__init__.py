@@ -1,6 +1,7 @@
 """Generated adapters for other engines: PEFT directories, checks, merged checkpoints, GGUF.
 
-Names are imported when they are used: `validation` runs inside servers, where most of this package's needs are missing.
+Names are imported when they are used: `validate_adapter` runs inside servers, where most of this package's needs are
+missing.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import importlib
 from typing import Any
 
 _MODULES = {
-    "ExportError": "export",
-    "generate_adapter": "export",
-    "write_peft_adapter": "export",
-    "MergedCheckpoint": "merge",
-    "merge_adapter": "merge",
-    "OutputError": "staging",
-    "AdapterError": "validation",
-    "validate_adapter": "validation",
+    "ExportError": "hl_scale.serving.export",
+    "generate_adapter": "hl_scale.serving.export",
+    "write_peft_adapter": "hl_scale.serving.export",
+    "MergedCheckpoint": "hl_scale.serving.merge",
+    "merge_adapter": "hl_scale.serving.merge",
+    "OutputError": "hl_scale.serving.staging",
+    "AdapterError": "hl_scale.data.validation",
+    "validate_adapter": "hl_scale.data.validation",
 }
 
 __all__ = list(_MODULES)
@@ -25,4 +26,4 @@ __all__ = list(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

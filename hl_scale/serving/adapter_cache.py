@@ -17,8 +17,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from hl_scale.data.validation import validate_adapter
 from hl_scale.serving.staging import PROVENANCE_FILE
-from hl_scale.serving.validation import validate_adapter
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _STAGED = re.compile(r"\.[0-9a-f]{64}-.*\.(tmp|old)")

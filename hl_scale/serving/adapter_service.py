@@ -8,33 +8,42 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import ByteSize, Field, ValidationError
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError
 
+from hl_scale.base.loading import base_reference
 from hl_scale.conditions import typology
 from hl_scale.config import ConfigError, load_config
 from hl_scale.config.section import Section
 from hl_scale.engine import checkpoint
 from hl_scale.serving.adapter_cache import AdapterCache, BadAdapterError, CacheError, adapter_id, adapter_key
 from hl_scale.serving.adapter_metrics import AdapterMetrics
-from hl_scale.serving.export import base_reference
 from hl_scale.serving.generator_process import GenerationFailed, GenerationRefused, GeneratorProcess
+from hl_scale.serving.registered_adapters import RegisteredAdapter, RegisteredAdapters
 
 PREFIX = "HL_SCALE_SERVE_"
 MAXIMUM_NAME = 200
-"""Characters of a dialect or task name, with its prefix."""
+"""Characters of a dialect or task name; of a dialect with a task, of both together."""
+TASK = "+task:"
+"""Stands between a dialect and the name of a registered task adapter."""
 GENERATION_SECONDS = 300.0
 """A generation that takes longer counts as hanging: its process is killed."""
 KEEP_SECONDS = 60.0
 """An adapter that was asked for so recently is not removed: its request may not have reached the engine yet."""
 
 _log = logging.getLogger(__name__)
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class ServingSettings(Section):
@@ -56,6 +65,9 @@ class ServingSettings(Section):
     """Adapters that may be generated or wait for it at one time; further new ones are turned away."""
     description_characters: int = Field(0, ge=0)
     """Longest "description:WORDS" that is taken; 0 takes none."""
+    task_adapters: Annotated[dict[str, Path], BeforeValidator(_parsed)] = Field(default_factory=dict)
+    """Task adapters that clients may ask for together with a dialect, as JSON: {"NAME": "PEFT directory"}. The model
+    "dialect:Nigerian English+task:NAME" is the sum of both."""
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> ServingSettings | None:
@@ -87,6 +99,14 @@ class AdapterError(Exception):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a model name stands for."""
+
+    condition: str
+    task_adapter: RegisteredAdapter | None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A verified adapter on disk."""
 
@@ -104,7 +124,7 @@ class AdapterService:
         metrics: counters and gauges.
 
     Raises:
-        ConfigError: no run directory, or one without the checkpoint.
+        ConfigError: no run directory, one without the checkpoint, or a task adapter that cannot be used.
         BaseModelError: the run's base is not on this machine, and `settings.base` does not say what stands for it.
         CacheError: another server owns the cache.
     """
@@ -118,7 +138,10 @@ class AdapterService:
         self.checkpoint = _checkpoint(settings)
         self.step = checkpoint.step_of(self.checkpoint)
         self._base = settings.base or base_reference(self.config.base)  # may convert a packaged model: not in a request
-        self._identity = hashlib.sha256((self.checkpoint / checkpoint.MANIFEST).read_bytes()).hexdigest()
+        manifest = (self.checkpoint / checkpoint.MANIFEST).read_bytes()
+        self._identity = hashlib.sha256(manifest).hexdigest()
+        fingerprint = json.loads(manifest)["base_fingerprint"]
+        self.task_adapters = RegisteredAdapters(settings.task_adapters, self.config, settings.base, fingerprint)
         self.cache = AdapterCache(settings.cache, settings.cache_bytes)
         self.generator: GeneratorProcess | None = None
         self.needed_by_engine: Callable[[], Collection[str]] | None = None
@@ -150,7 +173,8 @@ class AdapterService:
         """The adapter of a model name, generated if need be; once, however many ask at the same time.
 
         Args:
-            name: "dialect:NAME", "task:NAME" or "description:WORDS".
+            name: "dialect:NAME", "task:NAME" or "description:WORDS"; "dialect:NAME+task:NAME" for the sum of a
+                dialect's adapter and a registered task adapter.
             base_model: path or hub id of the served model, as the server names it.
 
         Raises:
@@ -167,12 +191,13 @@ class AdapterService:
         return found
 
     async def _resolve(self, name: str, base_model: str) -> Adapter:
-        condition = self._condition(name)
+        wanted = self._wanted(name)
         self._check_base(base_model)
-        key = adapter_key(self._identity, base_model, condition)
+        added = () if wanted.task_adapter is None else (wanted.task_adapter.fingerprint,)
+        key = adapter_key(self._identity, base_model, wanted.condition, *added)
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._flights[key] = asyncio.create_task(self._produce(key, condition, base_model))
+            flight = self._flights[key] = asyncio.create_task(self._produce(key, wanted, base_model))
             flight.add_done_callback(lambda done: self._landed(key, done))
             self._begun[key] = asyncio.get_running_loop().time()
         else:
@@ -212,6 +237,18 @@ class AdapterService:
             "problem": None if generator is None else generator.problem,
         }  # fmt: skip
 
+    def _wanted(self, name: str) -> Wanted:
+        dialect, separator, task = name.partition(TASK)
+        if not separator or not name.startswith("dialect:"):
+            return Wanted(self._condition(name), None)
+        if len(name) > MAXIMUM_NAME:
+            raise AdapterError(400, f"a name has at most {MAXIMUM_NAME} characters, not {len(name)}")
+        condition = self._condition(dialect)
+        try:
+            return Wanted(condition, self.task_adapters.find(task.strip()))
+        except LookupError as error:
+            raise AdapterError(404, str(error)) from None
+
     def _condition(self, name: str) -> str:
         """A model name as a condition; two names of one dialect give the same one."""
         kind, _, value = name.partition(":")
@@ -247,7 +284,7 @@ class AdapterService:
             self.generator = GeneratorProcess([str(self.settings.run), "--step", str(self.step), "--model", base_model])
         return self.generator
 
-    async def _produce(self, key: str, condition: str, base_model: str) -> Adapter:
+    async def _produce(self, key: str, wanted: Wanted, base_model: str) -> Adapter:
         """From the cache if what is there reads well, or else generated."""
         if key in self.cache:
             try:
@@ -261,7 +298,7 @@ class AdapterService:
         self._generating += 1
         try:
             self.metrics.waiting.set(self._generating)
-            await self._generate(key, condition, base_model)
+            await self._generate(key, wanted, base_model)
         finally:
             self._generating -= 1
             self.metrics.waiting.set(self._generating)
@@ -272,12 +309,12 @@ class AdapterService:
         self.metrics.requests.labels(outcome=outcome).inc()
         return Adapter(key, adapter_id(key, self._numbers), self.cache.path(key))
 
-    async def _generate(self, key: str, condition: str, base_model: str) -> None:
+    async def _generate(self, key: str, wanted: Wanted, base_model: str) -> None:
         generator = self._generator(base_model)
         self._remove(key)
         request = {
-            "condition": condition, "directory": str(self.cache.path(key)), "base_model": base_model,
-            "facts": {"cache_key": key},
+            "condition": wanted.condition, "directory": str(self.cache.path(key)), "base_model": base_model,
+            "facts": {"cache_key": key}, "task_adapter": wanted.task_adapter and wanted.task_adapter.request(),
         }  # fmt: skip
         try:
             seconds = await generator.generate(request, GENERATION_SECONDS)

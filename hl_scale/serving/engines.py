@@ -1,6 +1,6 @@
 """What each engine accepts, as its documentation or source says; checked without the engine.
 
-Every rule looks at a validated adapter (`validation.validate_adapter`: whole, finite, plain LoRA, uniform rank and
+Every rule looks at a validated adapter (`data.validation.validate_adapter`: whole, finite, plain LoRA, uniform rank and
 alpha) and finds either a problem (the engine refuses the adapter, or answers with a wrong one) or something that its
 server must be started with. DoRA, biases, whole modules and ranks by layer never come this far: few engines take them.
 """

@@ -28,9 +28,10 @@ import torch
 from torch.nn.functional import pad
 
 import hl_scale
-from hl_scale.base.loading import resolve_model
+from hl_scale.base import TaskAdapter
+from hl_scale.base.loading import base_reference
 from hl_scale.conditions import typology
-from hl_scale.config import BaseModelConfig, LoraConfig
+from hl_scale.config import LoraConfig
 from hl_scale.data.peft_directory import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from hl_scale.hypernetwork.fingerprint import weights_fingerprint
 from hl_scale.lora import LoraFactors, Slot, lora_scale
@@ -45,7 +46,7 @@ Profile = Literal["plain", "portable"]
 
 _IN_HEADER = (
     "condition", "condition_sha256", "hypernetwork_fingerprint", "base_model", "base_revision", "base_fingerprint",
-    "data_fingerprint", "scale", "hl_scale",
+    "data_fingerprint", "scale", "hl_scale", "task_adapter_fingerprint",
 )  # fmt: skip
 """Facts that the tensor file carries in its header: what tells one adapter from another, and nothing of the moment, so
 that the same adapter is the same bytes."""
@@ -63,6 +64,7 @@ def generate_adapter(
     base_model_name_or_path: str | None = None,
     facts: Mapping[str, Any] | None = None,
     profile: Profile = "plain",
+    with_adapter: TaskAdapter | None = None,
     force: bool = False,
 ) -> Path:
     """Generate the adapter of one condition and write it as a PEFT directory.
@@ -75,6 +77,7 @@ def generate_adapter(
         base_model_name_or_path: what the adapter names as its base; the run's own base unless given.
         facts: JSON-serialisable additions to its provenance.
         profile: see `write_peft_adapter`.
+        with_adapter: a task adapter to add: one directory holds the sum of both, of summed rank.
         force: replace a directory that hl_scale wrote earlier.
 
     Returns:
@@ -85,12 +88,12 @@ def generate_adapter(
     """
     check_replaceable(directory, force=force)
     base = base_arguments(run, base_model_name_or_path)
-    parsed, factors = generate_factors(run, condition)
+    parsed, factors = generate_factors(run, condition, with_adapter)
     return write_peft_adapter(
         factors,
         directory,
-        lora=run.config.lora,
-        provenance={**run_provenance(run, parsed), **(facts or {})},
+        lora=run.config.lora if with_adapter is None else _lora_of(factors),
+        provenance={**run_provenance(run, parsed, with_adapter), **(facts or {})},
         profile=profile,
         force=force,
         **base,
@@ -233,11 +236,10 @@ def peft_tensors(factors: LoraFactors) -> dict[str, torch.Tensor]:
 
 def pad_rank(factors: LoraFactors, rank: int) -> LoraFactors:
     """The same update with more rows in A and columns in B, all zero."""
-    more = rank - factors.rank
     return dataclasses.replace(
         factors,
-        a={path: pad(a, (0, 0, 0, more)) for path, a in factors.a.items()},
-        b={path: pad(b, (0, more)) for path, b in factors.b.items()},
+        a={path: pad(a, (0, 0, 0, rank - a.shape[1])) for path, a in factors.a.items()},
+        b={path: pad(b, (0, rank - b.shape[2])) for path, b in factors.b.items()},
     )
 
 
@@ -255,24 +257,30 @@ def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None
     return [slot.path for slot in slots]
 
 
-def generate_factors(run: LoadedRun, condition: str) -> tuple[typology.Condition, LoraFactors]:
-    """Parse a condition and generate its factors (E = 1)."""
+def generate_factors(
+    run: LoadedRun, condition: str, with_adapter: TaskAdapter | None = None
+) -> tuple[typology.Condition, LoraFactors]:
+    """Parse a condition and generate its factors (E = 1), added to a task adapter if one is given.
+
+    A sum has one rank in all slots, padded with zeros where only one of the two has factors.
+    """
+    from hl_scale.engine.run import composed_factors
+
     parsed = run.conditions.parse(condition)
-    device = next(run.hypernetwork.parameters()).device
-    with torch.no_grad():
-        factors = run.hypernetwork(torch.tensor(parsed.vector)[None].float().to(device))
-    return parsed, factors
+    factors = composed_factors(run, torch.tensor(parsed.vector), with_adapter)
+    return parsed, factors if with_adapter is None else pad_rank(factors, factors.rank)
 
 
-def base_reference(base: BaseModelConfig) -> str:
-    """How an adapter names its base: the hub id, or the absolute path of a local or packaged model."""
-    if base.model.startswith("package:") or Path(base.model).is_dir():
-        return str(resolve_model(base).resolve())
-    return base.model
+def _lora_of(factors: LoraFactors) -> LoraConfig:
+    """Rank and scale of a sum, whose parts may each have another convention."""
+    return LoraConfig(rank=factors.rank, alpha=factors.scale * factors.rank)
 
 
-def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, Any]:
+def run_provenance(
+    run: LoadedRun, condition: typology.Condition, with_adapter: TaskAdapter | None = None
+) -> dict[str, Any]:
     """What an exported directory says about where it comes from."""
+    trained_on = run.task_adapter_fingerprint
     return {
         **condition_facts(condition),
         "run": Path(run.directory).resolve().name,
@@ -290,6 +298,8 @@ def run_provenance(run: LoadedRun, condition: typology.Condition) -> dict[str, A
         "torch": metadata.version("torch"),
         "transformers": metadata.version("transformers"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({} if trained_on is None else {"trained_on_task_adapter": trained_on}),
+        **({} if with_adapter is None else with_adapter.provenance),
     }
 
 
@@ -363,17 +373,20 @@ def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         )
     elif "task" in facts:
         origin = f"for the task {facts['task']} alone, trained by hl_scale"
+    added = facts.get("task_adapter")
+    title = facts.get("condition", "one condition")
+    sum_of_both = "" if added is None else f"\nTo it the trained adapter {added} was added, in the same layers."
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
 tags: [lora, hypernetwork, hl_scale]
 ---
 
-# Adapter for {facts.get("condition", "one condition")}
+# Adapter for {title if added is None else f"{title}, with {added}"}
 
 A LoRA adapter (rank {config["r"]}, scale {facts["scale"]:g}) {origin}
 on the base below{held}; on weights in another precision the adapter's effect differs a
-little.
+little.{sum_of_both}
 
 ```python
 from peft import PeftModel

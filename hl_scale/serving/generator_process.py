@@ -4,7 +4,8 @@ A server must not wait for torch, nor die with it: the hypernetwork lives in a c
 started again. Both sides exchange lines of JSON over pipes, one request at a time:
 
     <- {"ready": {"step": 1000}}                   once; or {"failed": "why"} and the process ends
-    -> {"condition": "dialect:Indian English", "directory": "/cache/<key>", "base_model": "/models/gemma", "facts": {}}
+    -> {"condition": "dialect:Indian English", "directory": "/cache/<key>", "base_model": "/models/gemma", "facts": {},
+        "task_adapter": null}                      or to add one {"directory": "/adapters/mood", "fingerprint": "3f.."}
     <- {"seconds": 0.07}                           or {"refused": "not a condition"} or {"failed": "why"}
 
 The child ends when its input does, so also when the server is killed.
@@ -186,12 +187,26 @@ def _generate(run: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         generate_adapter(
             run, request["condition"], request["directory"],
-            base_model_name_or_path=request["base_model"], facts=request["facts"], force=True,
+            base_model_name_or_path=request["base_model"], facts=request["facts"],
+            with_adapter=_task_adapter(run, request), force=True,
         )  # fmt: skip
     except Exception as error:  # the server says so and lives on
         logging.getLogger(__name__).exception("no adapter for %r", request["condition"])
         return {"failed": _text(error)}
     return {"seconds": time.perf_counter() - started}
+
+
+def _task_adapter(run: Any, request: Mapping[str, Any]) -> Any:
+    """What the request adds, if anything; ValueError if it is no longer what the server knows under its key."""
+    from hl_scale.base import read_task_adapter
+
+    wanted = request.get("task_adapter")
+    if wanted is None:
+        return None
+    found = read_task_adapter(wanted["directory"], run.base, run.config.base, [request["base_model"]])
+    if found.fingerprint != wanted["fingerprint"]:
+        raise ValueError(f"the task adapter {found.name} has changed since the server started\n  fix: start it again")
+    return found
 
 
 def _text(error: Exception) -> str:

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hl_scale.base import TaskAdapter
+from hl_scale.base.loading import base_reference
 from hl_scale.data.durable import flush
 from hl_scale.lora import LoraFactors
-from hl_scale.serving.export import ExportError, base_reference, check_finite, generate_factors, run_provenance
+from hl_scale.serving.export import ExportError, check_finite, generate_factors, run_provenance
 from hl_scale.serving.staging import OutputError
 
 if TYPE_CHECKING:
@@ -52,13 +54,21 @@ ARCHITECTURES = {
 """transformers' model_type -> llama.cpp's; others rearrange weights in ways that are not implemented here."""
 
 
-def export_gguf(run: LoadedRun, condition: str, file: str | os.PathLike[str], *, force: bool = False) -> Path:
+def export_gguf(
+    run: LoadedRun,
+    condition: str,
+    file: str | os.PathLike[str],
+    *,
+    with_adapter: TaskAdapter | None = None,
+    force: bool = False,
+) -> Path:
     """Generate the adapter of one condition and write it as GGUF.
 
     Args:
         run: the trained hypernetwork with its base.
         condition: as for `generate_adapter`.
         file: what to write; must not exist unless ``force``. Appears whole or not at all, after it was read back.
+        with_adapter: a task adapter to add.
         force: replace a file that hl_scale wrote earlier.
 
     Raises:
@@ -70,11 +80,11 @@ def export_gguf(run: LoadedRun, condition: str, file: str | os.PathLike[str], *,
     if importlib.util.find_spec("gguf") is None:
         raise ExportError("writing GGUF needs the gguf package\n  fix: pip install 'hl_scale[gguf]'")
     _check_replaceable(Path(file), force=force)
-    parsed, factors = generate_factors(run, condition)
+    parsed, factors = generate_factors(run, condition, with_adapter)
     check_finite(factors)
     config = run.base.model.config
     tensors = gguf_tensors(factors, config)
-    facts = {**run_provenance(run, parsed), "base": base_reference(run.config.base)}
+    facts = {**run_provenance(run, parsed, with_adapter), "base": base_reference(run.config.base)}
     return write_gguf(file, tensors, _architecture(config).name, factors.scale * factors.rank, facts, force=force)
 
 

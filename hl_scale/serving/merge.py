@@ -21,7 +21,7 @@ import torch
 from rich.progress import DownloadColumn
 from torch import Tensor, nn
 
-from hl_scale.base.adapted import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.lora import LoraFactors
 from hl_scale.serving.export import ExportError, facts_table, generate_factors, run_provenance, write_json
 from hl_scale.serving.original import (
@@ -94,6 +94,7 @@ def merge_adapter(
     *,
     dtype: MergedDtype = "bfloat16",
     merge_base: MergeBase = "dequantized",
+    with_adapter: TaskAdapter | None = None,
     max_shard_bytes: int = 5 * 10**9,
     force: bool = False,
     progress: bool = True,
@@ -108,6 +109,7 @@ def merge_adapter(
         dtype: type of the merged weights.
         merge_base: "dequantized", the 4-bit base that the adapter was trained on, or "original", the weights that were
             quantised, read again from their checkpoint.
+        with_adapter: a task adapter to merge as well.
         max_shard_bytes: bound on a weight file.
         force: replace a directory that hl_scale wrote earlier.
         progress: show a progress bar on a terminal.
@@ -120,7 +122,7 @@ def merge_adapter(
         ValueError: an unknown condition, or a directory in the way.
     """
     check_replaceable(directory, force=force)
-    parsed, factors = generate_factors(run, condition)
+    parsed, factors = generate_factors(run, condition, with_adapter)
     target_dtype = getattr(torch, dtype)
     originals = original_tensors(run.config.base) if merge_base == "original" else {}
     differences: list[LayerDifference] = []
@@ -132,7 +134,8 @@ def merge_adapter(
         _write_configuration(run.base, staging, target_dtype)
         reference = load_original(run.config, _device(run.base)) if merge_base == "original" else None
         check = check_merged(run.base, factors, staging, reference)
-        facts = {**run_provenance(run, parsed), "merge_base": merge_base, "dtype": dtype, "scale": factors.scale}
+        facts = {**run_provenance(run, parsed, with_adapter), "merge_base": merge_base, "dtype": dtype}
+        facts |= {"scale": factors.scale}
         facts |= {"check": asdict(check), "differences": [asdict(difference) for difference in differences]}
         write_json(staging / PROVENANCE_FILE, facts)
         (staging / "README.md").write_text(_model_card(facts, check), encoding="utf-8")
@@ -335,12 +338,13 @@ _BASES = {
 
 def _model_card(facts: dict[str, Any], check: MergeCheck) -> str:
     agreement = "" if check.top1_agreement is None else f", same first token at {check.top1_agreement:.1%} of positions"
+    added = f" and {facts['task_adapter']}" if "task_adapter" in facts else ""
     return f"""---
 library_name: transformers
 tags: [hypernetwork, merged-lora, hl_scale]
 ---
 
-# {facts["base_model"]} merged with the adapter for {facts["condition"]}
+# {facts["base_model"]} merged with the adapter for {facts["condition"]}{added}
 
 {facts["dtype"]} weights: {_BASES[facts["merge_base"]]}, plus the adapter, rounded once.
 On probe sentences the {check.output} differ from those of base and adapter unmerged by at most

@@ -80,7 +80,7 @@ class HyperLoraEndpoint:
         adapters, models = service(), getattr(state, "openai_serving_models", None)
         if adapters is None or models is None:
             return
-        check_arguments(adapters.config.lora.rank, args)
+        check_arguments(adapters.config.lora.rank + adapters.task_adapters.largest_rank, args)
         models.lora_requests = known = AdaptersInUse(models.lora_requests, adapters.touch)
         adapters.before_removal = known.forget
         adapters.needed_by_engine = functools.partial(names_in_engine, engine_client)
@@ -120,7 +120,7 @@ def check_arguments(rank: int, args: Any) -> None:
     if rank > largest:
         enough = min((known for known in VLLM_RANKS if known >= rank), default=None)
         fix = f"start it with --max-lora-rank {enough}" if enough else f"vLLM serves ranks up to {VLLM_RANKS[-1]}"
-        raise ConfigError(f"the run's adapters have rank {rank}, the server takes at most {largest}\n  fix: {fix}")
+        raise ConfigError(f"adapters have ranks up to {rank}, the server takes at most {largest}\n  fix: {fix}")
 
 
 def names_in_engine(engine_client: Any) -> set[str]:

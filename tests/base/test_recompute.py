@@ -174,7 +174,7 @@ def test_a_recomputed_block_whose_layers_read_different_inputs_has_the_gradients
     for recompute in (False, True):
         block = Cross()
         if recompute:
-            RecomputedBlock(block, [], [], offload=False)
+            RecomputedBlock(block, "block", {}, offload=False)
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         block(x, 2 * x).sum().backward()
         gradients.append(x.grad)

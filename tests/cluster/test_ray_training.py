@@ -55,8 +55,9 @@ def test_what_a_worker_finds_wrong_is_reported_once_and_not_tried_again(on_ray, 
 def test_paths_become_absolute_because_workers_run_elsewhere(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    config = tiny_config(Path("runs/x"), {"data.directory": "data/y", "base.model": "model"})
-    absolute = with_absolute_paths(config)
+    paths = {"data.directory": "data/y", "base.model": "model", "lora.task_adapter": "adapters/z"}
+    absolute = with_absolute_paths(tiny_config(Path("runs/x"), paths))
+    assert absolute.lora.task_adapter == str(tmp_path / "adapters/z")
     assert absolute.run.directory == str(tmp_path / "runs/x")
     assert absolute.data.directory == str(tmp_path / "data/y")
     assert absolute.base.model == str(tmp_path / "model")

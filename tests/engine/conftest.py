@@ -5,7 +5,7 @@ The frozen weights are those the quantised base holds, and the hypernetwork star
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hl_scale.base import load_base
+from hl_scale.base import load_base, read_task_adapter
 from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.corpus import load_corpus
@@ -55,15 +55,17 @@ def _dialects(config: Config, base: Any, model: Any) -> tuple[int, Any]:
     lengths = token_lengths(base, pairs, config.data.maximum_tokens, 1 + config.alignment.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
     objective = AlignmentObjective(config.alignment)
+    adapter = config.lora.task_adapter
+    fixed = [] if adapter is None else [read_task_adapter(adapter, base, config.base).factors.to("cpu", torch.float64)]
 
     def losses(hypernetwork: Any) -> list[Tensor]:
         found = []
         for sample in sampler.batch(0):
             pair = pairs[int(sample)]
-            target, mask = _states(model, base, pair.standard, None)
+            target, mask = _states(model, base, pair.standard, fixed)
             kept = objective.token_mask(mask)
             factors = hypernetwork(torch.from_numpy(pair.vector.copy()).double()[None])
-            states, own = _states(model, base, pair.dialect, factors)
+            states, own = _states(model, base, pair.dialect, [factors, *fixed])
             aligned = objective.normalize(target)[kept][None]
             found.append(objective(states, own, aligned, torch.ones(aligned.shape[:2], dtype=torch.bool))[0])
         return found
@@ -91,7 +93,7 @@ def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
             generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + draw)
             noise = torch.rand(len(ids), base.hidden_size, generator=generator).double() * 2 - 1
             noise *= settings.neftune_alpha / (len(ids) * base.hidden_size) ** 0.5
-            states = _run(model, factors, inputs_embeds=(head[ids] * scale + noise)[None])[0]
+            states = _run(model, [factors], inputs_embeds=(head[ids] * scale + noise)[None])[0]
             scores = (states[len(prompt) - 1 : -1] @ head.T).log_softmax(-1)
             right = scores.gather(1, ids[len(prompt) :, None])[:, 0]
             smoothing = settings.label_smoothing
@@ -106,19 +108,19 @@ def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
     return workload.condition_size, losses
 
 
-def _states(model: Any, base: Any, text: str, factors: Any) -> tuple[Tensor, Tensor]:
-    """(1, T, D) states and (1, T) mask of one text under the adapter of one condition, or none."""
+def _states(model: Any, base: Any, text: str, adapters: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """(1, T, D) states and (1, T) mask of one text under adapters of one condition each, all of them added."""
     ids, mask = tokenize(base, [text])
-    return _run(model, factors, input_ids=ids, attention_mask=mask), mask
+    return _run(model, adapters, input_ids=ids, attention_mask=mask), mask
 
 
-def _run(model: Any, factors: Any, **inputs: Tensor) -> Tensor:
+def _run(model: Any, adapters: Sequence[Any], **inputs: Tensor) -> Tensor:
     handles = []
-    for slot in factors.slots if factors is not None else ():
-        a, b = factors.a[slot.path][0], factors.b[slot.path][0]
+    for own, slot in ((factors, slot) for factors in adapters for slot in factors.slots):
+        a, b = own.scale * own.a[slot.path][0], own.b[slot.path][0]
 
         def hook(module: Any, args: Any, output: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-            return output + factors.scale * (args[0] @ a.T) @ b.T
+            return output + (args[0] @ a.T) @ b.T
 
         handles.append(model.get_submodule(slot.path.removeprefix("model.")).register_forward_hook(hook))
     states = model(**inputs, use_cache=False).last_hidden_state

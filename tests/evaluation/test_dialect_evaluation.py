@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from hl_scale.base import TaskAdapter
+from hl_scale.base.adapted import slot_at
 from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.corpus import Pair
@@ -18,6 +20,7 @@ from hl_scale.evaluation.controls import CONTROLS, TrainingConditions, condition
 from hl_scale.evaluation.measurement import Measurer, cloud_statistics, delta_gram
 from hl_scale.evaluation.statistics import SentenceBootstrap
 from hl_scale.evaluation.summaries import DialectValues, added_divergence
+from hl_scale.lora import LoraFactors, SummedFactors
 from hl_scale.objectives.alignment import AlignmentObjective
 
 ALL = ["own", *CONTROLS]
@@ -34,7 +37,7 @@ def with_data(run, **changes):
     return dataclasses.replace(run, config=Config.model_validate(tree))
 
 
-def state_by_state_divergence(run, factors, dialect, standard):
+def state_by_state_divergence(run, factors, dialect, standard, standard_factors=None):
     """One sentence, no batching and no padding, float64 GeomLoss: the definition written out."""
 
     def cloud(text, with_factors):
@@ -45,7 +48,7 @@ def state_by_state_divergence(run, factors, dialect, standard):
 
     loss = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.05, scaling=0.5, backend="tensorized")
     with torch.no_grad():
-        return loss(cloud(dialect, factors), cloud(standard, None)).item()
+        return loss(cloud(dialect, factors), cloud(standard, standard_factors)).item()
 
 
 def test_ratios_equal_a_sentence_by_sentence_computation_with_geomloss(make_run, corpus, result):
@@ -60,6 +63,51 @@ def test_ratios_equal_a_sentence_by_sentence_computation_with_geomloss(make_run,
         assert row["ratio"][condition]["value"] == pytest.approx(np.mean(adapted) / np.mean(base), rel=2e-4)
         assert abs(row["ratio"][condition]["value"] - 1) > 1e-3
     assert row["base_divergence"]["value"] == pytest.approx(np.mean(base), rel=2e-4)
+
+
+@pytest.fixture
+def on_task():
+    """on_task(run, seed) -> the run as if it had been trained on top of a random task adapter for other layers too."""
+
+    def carry(run, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        layers = {path: layer for path, layer in run.base.linears.items() if path.endswith(("q_proj", "up_proj"))}
+        a = {path: 0.3 * torch.randn(1, 2, layer.in_features, generator=generator) for path, layer in layers.items()}
+        b = {path: 0.3 * torch.randn(1, layer.out_features, 2, generator=generator) for path, layer in layers.items()}
+        factors = LoraFactors(tuple(slot_at(path, layer) for path, layer in layers.items()), a, b, 0.7)
+        task = TaskAdapter("task", factors, f"{seed}" * 64)
+        return dataclasses.replace(run, task_adapter=task, task_adapter_fingerprint=task.fingerprint)
+
+    return carry
+
+
+def test_on_top_of_a_task_adapter_all_states_carry_it(make_run, corpus, on_task):
+    run = on_task(make_run())
+    fixed = run.task_adapter.factors
+    name = "Chicano English"
+    result = evaluate_dialects(run, corpus, progress=False)
+    row = next(row for row in result["dialects"] if row["variety"] == name)
+    own = run.hypernetwork(torch.tensor(typology.vector(name))[None])
+    adapted, base = (
+        np.mean([state_by_state_divergence(run, f, p.dialect, p.standard, fixed) for p in corpus.heldout(name)])
+        for f in (SummedFactors(own, fixed.rescaled(own.scale)), fixed)
+    )
+    assert row["base_divergence"]["value"] == pytest.approx(base, rel=2e-4)
+    assert row["ratio"]["own"]["value"] == pytest.approx(adapted / base, rel=2e-4)
+    plain = evaluate_dialects(make_run(), corpus, progress=False)
+    losses = [each["standard_english"]["language_model_loss"]["loss"]["base"]["value"] for each in (result, plain)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert result["provenance"]["run"]["task_adapter_fingerprint"] == "0" * 64
+    assert "task_adapter" not in plain["provenance"]["run"]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_control_on_another_task_adapter_or_on_none_is_refused(make_run, corpus, on_task, seed):
+    control = make_run("plain_lora")
+    with pytest.raises(EvaluationError, match=r"with the same lora\.task_adapter"):
+        evaluate_dialects(
+            on_task(make_run()), corpus, control=control if seed is None else on_task(control, seed), progress=False
+        )
 
 
 def test_an_adapter_that_does_nothing_has_ratio_one_and_does_no_damage(make_run, corpus):

@@ -134,6 +134,7 @@ def make_run(tmp_path):
             step=10,
             directory=str(tmp_path / "runs" / "tiny"),
             data_fingerprint="d" * 64,
+            task_adapter_fingerprint=None,
         )
 
     return make

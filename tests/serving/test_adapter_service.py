@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from hl_scale.base import read_task_adapter
 from hl_scale.base.adapted import BaseModelError
 from hl_scale.config import ConfigError
 from hl_scale.engine.loop import train
@@ -65,6 +71,20 @@ def open_service(run, generator, tmp_path):
     yield make
     for service in opened:
         service.cache.close()
+
+
+@pytest.fixture(scope="module")
+def task_adapter(tiny_model, tmp_path_factory):
+    """Directory of a random LoRA of rank 3, also for layers that the run has no slots in."""
+    directory = tmp_path_factory.mktemp("adapters") / "mood"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture
@@ -128,6 +148,92 @@ def test_a_truncated_adapter_is_made_again(open_service, ask):
     assert ask(service, "dialect:Nigerian English") == [found]
     assert weights.read_bytes() == whole
     assert count(service, "generated") == 2 and service.metrics.damaged._value.get() == 1
+
+
+def test_a_dialect_with_a_task_gets_the_sum_of_both_adapters(open_service, ask, run, task_adapter, tmp_path):
+    service = open_service(task_adapters={"mood": task_adapter})
+    (found,) = ask(service, "dialect:Nigerian English+task:mood")
+    loaded = load_run(run)
+    task = read_task_adapter(task_adapter, loaded.base, loaded.config.base)
+    direct = generate_adapter(loaded, "dialect:Nigerian English", tmp_path / "direct", with_adapter=task)
+    expected, tensors = (load_file(path / "adapter_model.safetensors") for path in (direct, found.directory))
+    assert expected.keys() == tensors.keys() and any("down_proj" in name for name in tensors)
+    assert all(tensors[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_dialect_alone_and_with_a_task_are_two_adapters_whatever_they_are_called(open_service, ask, task_adapter):
+    service = open_service(task_adapters={"mood": task_adapter, "same": task_adapter})
+    with_task = ["Nigerian English+task:mood", "NIGERIAN english+task: mood ", "Nigerian English+task:same"]
+    alone, first, again, same = ask(service, *(f"dialect:{name}" for name in ("Nigerian English", *with_task)))
+    assert first == again == same != alone and first.number != alone.number
+    assert count(service, "generated") == 2
+
+
+def test_a_restarted_server_answers_for_a_sum_from_its_cache_unless_the_task_adapter_is_another(
+    open_service, ask, task_adapter, tmp_path
+):
+    changed = shutil.copytree(task_adapter, tmp_path / "changed")
+    name = "dialect:Nigerian English+task:mood"
+    first = open_service(task_adapters={"mood": changed})
+    (before,) = ask(first, name)
+    first.cache.close()
+    settings = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 6}))
+    moved = open_service(task_adapters={"mood": task_adapter})
+    assert ask(moved, name) == [before] and count(moved, "cached") == 1
+    moved.cache.close()
+    (after,) = ask(open_service(task_adapters={"mood": changed}), name)
+    assert after.key != before.key
+
+
+def test_a_task_adapter_that_changes_under_a_server_is_not_served_under_its_old_key(
+    open_service, refusal, ask, task_adapter, tmp_path
+):
+    changing = shutil.copytree(task_adapter, tmp_path / "changing")
+    service = open_service(task_adapters={"mood": changing})
+    settings = json.loads((changing / "adapter_config.json").read_text())
+    (changing / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 6}))
+    status, text = refusal(service, "dialect:Nigerian English+task:mood")
+    assert status == 503 and service.cache.keys == [] and "has changed since the server started" in text
+    assert ask(service, "dialect:Nigerian English")[0].directory.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("dialect:Nigerian English+task:mod", 404, "no task adapter 'mod' is registered here; did you mean 'mood'?"),
+        ("dialect:Nigerian English+task:", 404, "no task adapter ''"),
+        ("dialect:Nigerian English+task:../mood", 404, "no task adapter '../mood'"),
+        ("dialect:Nigerian English+task:/etc/passwd", 404, "no task adapter"),
+        ("dialect:Nigerian English+task:mood+task:mood", 404, "no task adapter 'mood+task:mood'"),
+        ("dialect:Klingon+task:mood", 404, "unknown variety 'Klingon'"),
+        ("dialect:+task:mood", 400, "1 to 200 printable characters"),
+        ("dialect:Nigerian English+task:" + "x" * 1000, 400, "at most 200 characters"),
+        ("task:first+task:mood", 404, "condition 'task:first+task:mood'"),
+    ],
+)
+def test_sums_that_cannot_be_made_are_refused_with_the_reason(
+    open_service, refusal, task_adapter, name, status, message
+):
+    service = open_service(task_adapters={"mood": task_adapter})
+    found, text = refusal(service, name)
+    assert found == status and message in text
+    assert service.cache.keys == [] and count(service, "refused") == 1
+
+
+def test_a_task_adapter_of_another_base_or_with_a_name_nobody_can_send_keeps_the_server_from_starting(
+    open_service, task_adapter, tmp_path
+):
+    foreign = shutil.copytree(task_adapter, tmp_path / "foreign")
+    settings = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "some/other"}))
+    for adapters, message in (
+        ({"mood": foreign}, r"HL_SCALE_SERVE_TASK_ADAPTERS, mood: .* made for base some/other"),
+        ({"mood": tmp_path / "gone"}, "no such directory"),
+        ({"a+b": task_adapter}, r"'a\+b' cannot be asked for"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_service(task_adapters=adapters)
 
 
 @pytest.mark.parametrize(
@@ -369,9 +475,17 @@ def test_settings_come_from_the_environment():
         }
     )
     assert (str(found.run), found.cache_bytes, found.deadline, found.step) == ("runs/a", 2 * 10**9, 5.0, None)
+    assert found.task_adapters == {}
 
 
-@pytest.mark.parametrize("wrong", [{"DEADLINE": "0"}, {"CACHE_BYTES": "many"}, {"CASHE": "/x"}])
+def test_task_adapters_come_from_the_environment_as_json():
+    variables = {"HL_SCALE_SERVE_RUN": "runs/a", "HL_SCALE_SERVE_TASK_ADAPTERS": '{"mood": "/adapters/mood"}'}
+    assert settings_from_environment(variables).task_adapters == {"mood": Path("/adapters/mood")}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"DEADLINE": "0"}, {"CACHE_BYTES": "many"}, {"CASHE": "/x"}, {"TASK_ADAPTERS": "mood=/x"}]
+)
 def test_settings_that_cannot_be_right_are_named(wrong):
     variables = {f"HL_SCALE_SERVE_{name}": value for name, value in {"RUN": "runs/a", **wrong}.items()}
     with pytest.raises(ConfigError, match=f"HL_SCALE_SERVE_{next(iter(wrong))}: "):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hl_scale.base import load_base
+from hl_scale.base import load_base, read_task_adapter
 from hl_scale.base.loading import resolve_model
 from hl_scale.conditions import typology
 from hl_scale.config import LoraConfig, load_config
 from hl_scale.engine.conditions import TypologyConditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.hypernetwork import build_hypernetwork
+from hl_scale.lora import SummedFactors
 from hl_scale.serving import generate_adapter, merge_adapter, validate_adapter
 from hl_scale.serving.engines import check_engines
 from hl_scale.serving.export import generate_factors
@@ -114,3 +115,50 @@ def test_the_merged_bfloat16_gemma_stays_within_rounding_of_base_and_adapter(mak
     assert merged.check.max_difference < 0.25 * merged.check.adapter_effect
     assert merged.check.top1_agreement > 0.95
     assert len(merged.differences) == (len(run.base.slots) if merge_base == "original" else 0)
+
+
+@pytest.fixture(scope="module")
+def task_adapter(gemma, tmp_path_factory):
+    """A random LoRA of PEFT, with a rank-stabilised scale, partly on layers that the run has no slots in."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    targets = ["q_proj", "o_proj", "gate_proj", "up_proj"]
+    model = get_peft_model(gemma.dense, PeftConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    directory = tmp_path_factory.mktemp("adapters") / "task"
+    model.save_pretrained(directory)
+    model.unload()
+    return read_task_adapter(directory, gemma.base, gemma.config.base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["plain", "portable"])
+def test_peft_and_transformers_give_the_distributions_of_a_dialect_on_top_of_a_task_adapter(
+    gemma, make_run, task_adapter, tmp_path, profile
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = make_run("alpha_over_rank")
+    _, own = generate_factors(run, CONDITION)
+    directory = generate_adapter(run, CONDITION, tmp_path / "both", profile=profile, with_adapter=task_adapter)
+    with torch.no_grad():
+        source = SummedFactors(own, task_adapter.factors.rescaled(own.scale))  # as in training
+        ours, alone, task = (run.base.logits(**gemma.inputs, factors=f) for f in (source, own, task_adapter.factors))
+        theirs = PeftModel.from_pretrained(gemma.dense, directory).eval()
+        found = theirs(**gemma.inputs).logits
+        theirs.unload()
+    assert min(distance(ours, alone), distance(ours, task)) > 0.1
+    assert distance(found, ours) < TOLERANCE
+    assert (found - ours).abs().max() < 1e-5 * ours.abs().max()
+    if profile == "plain":
+        arguments = {"dtype": "float32", "with_adapter": task_adapter, "progress": False}
+        merged = merge_adapter(run, CONDITION, tmp_path / "merged", **arguments)
+        model = AutoModelForCausalLM.from_pretrained(merged.directory, dtype=torch.float32).eval()
+        with torch.no_grad():
+            assert distance(model(**gemma.inputs).logits, ours) < TOLERANCE

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from hl_scale.data.peft_directory import WEIGHTS_FILE, AdapterError, AdapterFacts, read_adapter
@@ -19,14 +20,15 @@ __all__ = ["AdapterError", "AdapterFacts", "validate_adapter"]
 def validate_adapter(
     directory: str | os.PathLike[str],
     *,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | Sequence[str] | None = None,
     base_fingerprint: str | None = None,
 ) -> AdapterFacts:
     """Check that a directory holds a whole, finite, plain LoRA for a base.
 
     Args:
         directory: a PEFT directory, of whatever origin.
-        base_model_name_or_path: the base that it must be for: the same name, or another path to the same directory.
+        base_model_name_or_path: the base that it must be for: the same name, or another path to the same directory; one
+            of several names if a sequence is given.
         base_fingerprint: the same by what the base is; decides alone where the adapter has a fingerprint.
 
     Returns:
@@ -39,8 +41,9 @@ def validate_adapter(
         facts = read_adapter(directory)
     except AdapterError as error:
         raise _refusal(directory, [str(error)]) from None
+    names = [base_model_name_or_path] if isinstance(base_model_name_or_path, str) else base_model_name_or_path or []
     problems = [
-        *_other_base(facts, base_model_name_or_path, base_fingerprint),
+        *_other_base(facts, names, base_fingerprint),
         *_other_targets(facts),
         *_other_contents(facts),
     ]
@@ -59,14 +62,14 @@ def _refusal(directory: str | os.PathLike[str], problems: list[str]) -> AdapterE
     )
 
 
-def _other_base(facts: AdapterFacts, name: str | None, fingerprint: str | None) -> list[str]:
+def _other_base(facts: AdapterFacts, names: Sequence[str], fingerprint: str | None) -> list[str]:
     if fingerprint is not None and facts.base_fingerprint is not None:
         if facts.base_fingerprint == fingerprint:
             return []
         return [f"it was made for base {facts.base_fingerprint[:12]}, not {fingerprint[:12]}"]
-    if name is not None:
-        same = facts.base_model == name or _same_directory(facts.base_model, name)
-        return [] if same else [f"it was made for base {facts.base_model}, not {name}"]
+    if names:
+        same = any(facts.base_model == name or _same_directory(facts.base_model, name) for name in names)
+        return [] if same else [f"it was made for base {facts.base_model}, not {names[0]}"]
     return [] if fingerprint is None else [f"it does not say whether its base is {fingerprint[:12]}"]
 
 
