@@ -21,7 +21,6 @@ from pydantic import Tag, ValidationError
 from hl_scale.config.section import Section
 from hl_scale.config.sections import Config
 
-
 Root = typing.TypeVar("Root", bound=Section)
 
 

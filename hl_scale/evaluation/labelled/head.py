@@ -1,8 +1,8 @@
 """A linear layer over one state per text: classes, or a score.
 
 Which state: decoders are read at their last token, the only one that has seen the whole text; RoBERTa at its first,
-<s>, as published (arXiv 1907.11692); other encoders by the mean over tokens, as sentence encoders of the MiniLM family are
-trained (arXiv 1908.10084). The pooled state is brought to mean 0 and variance 1 over its D entries: final norms of
+<s>, as published (arXiv 1907.11692); other encoders by the mean over tokens, as sentence encoders of the MiniLM family
+are trained (arXiv 1908.10084). The pooled state is brought to mean 0 and variance 1 over its D entries: final norms of
 decoders differ by orders of magnitude, and one learning rate then serves all.
 """
 

@@ -100,7 +100,7 @@ def load_measurement(path: Path) -> Measurement:
         raise EvaluationError(f"{path} is not a measurement: {error}\n  fix: delete it and measure again") from None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     base: AdaptedModel,
     head: ClassifierHead,
