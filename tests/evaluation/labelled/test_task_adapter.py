@@ -31,7 +31,8 @@ from hl_scale.evaluation.labelled.head import choose_pooling, pool
 from hl_scale.evaluation.labelled.measuring import macro_f1, pearson, ranks
 from hl_scale.evaluation.measurement import EvaluationError
 
-WORDS = "the old man said that she was not sure this film is any good and they have been working here".split(" ")
+TEXT = "the old man said that she was not sure this film is any good and they have been working here"
+WORDS = TEXT.split(" ")
 CLASSES = TaskFacts("nobody", "classification", ("without", "with"))
 SCORES = TaskFacts("length", "regression", ())
 LORA = LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"))
