@@ -112,10 +112,15 @@ def prepare_labelled(data: LabelledDataConfig, *, force: bool = False) -> Prepar
     # Without dialects, nothing of the dialect engine counts.
     core = {key: value for key, value in facts.items() if key not in ("versions", "unavailable_rules")}
     fingerprint = _digest(core)
-    prints = {name: _digest([fingerprint, facts["versions"], lacking, name, *_vector(name)]) for name in names}
     existing = None if force else _existing(directory, fingerprint)
+    there = existing.varieties if existing is not None else ()
+    prints = {
+        name: _digest([fingerprint, facts["versions"], lacking, name, *_vector(name)]) for name in (*names, *there)
+    }
     if existing is not None and all(_entry(existing, name, prints[name]) for name in names):
         return PreparedLabelled(existing, (), reused=True)
+    # What is there already stays, unless another version of the engine made it.
+    prints = {name: value for name, value in prints.items() if name in names or _entry(existing, name, value)}
     partial = directory.parent / f".{directory.name}.partial"
     if force:
         shutil.rmtree(partial, ignore_errors=True)

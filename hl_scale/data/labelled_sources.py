@@ -191,17 +191,18 @@ def _topic(_: LabelledDataConfig) -> LabelledSource:
                 continue
             topic = member.removeprefix(_REPORTS_FOLDER).split("/")[0]
             names.setdefault(topic)
-            paragraphs = archive.read(member).decode("latin-1").split("\n\n")
+            paragraphs = archive.read(member).decode("utf-8", "replace").split("\n\n")
             found.append((topic, clean(paragraphs[1]) if len(paragraphs) > 1 else ""))
     labels = tuple(names)
-    rows = [Row((text,), float(labels.index(topic))) for topic, text in found if text]
+    # One file is in another encoding than the rest.
+    rows = [Row((text,), float(labels.index(topic))) for topic, text in found if text and "\ufffd" not in text]
     facts = {
         "name": f"first paragraphs of BBC reports (Greene and Cunningham 2006) in {REPORTS.requirement}",
         "labels": "section of the news site",
         "licence": "package MIT; texts are the BBC's, for research that is not commercial",
         "sha256": REPORTS.sha256,
     }
-    return LabelledSource("classification", labels, rows, None, facts, {"empty": len(found) - len(rows)})
+    return LabelledSource("classification", labels, rows, None, facts, {"unreadable": len(found) - len(rows)})
 
 
 def _glue(data: LabelledDataConfig) -> LabelledSource:

@@ -54,7 +54,7 @@ def fit_task_adapter(
         training, validation: examples, of Standard English for a task adapter, of a dialect for a baseline.
         directory: where the adapter is written.
         config: how it is trained.
-        lora: layers, rank and scale of the factors; the layers need not be those of `base.slots`.
+        lora: layers, rank and scale of the factors; on a base that recomputes blocks the layers of `base.slots`.
         base_config: what the base is called, for the directory's provenance.
         shown: whether a progress bar is.
 
@@ -120,7 +120,6 @@ class _Fitting:
     ) -> None:
         self.base, self.config, self.validation = base, config, validation
         self.device = next(base.model.parameters()).device
-        self.dtype = next(p.dtype for p in base.model.parameters() if p.is_floating_point())
         pooling: Pooling = choose_pooling(base) if config.pooling == "auto" else config.pooling
         labels = np.asarray([example.label for example in training])
         graded = task.kind == "regression"
@@ -135,10 +134,9 @@ class _Fitting:
         self.kept: dict[str, dict[str, Tensor]] = {}
 
     def factors(self) -> LoraFactors:
-        """The adapter as it is now, in the type that the base computes in."""
-        factors = self.network(torch.zeros(1, 1, device=self.device))
-        cast = ({path: part.to(self.dtype) for path, part in side.items()} for side in (factors.a, factors.b))
-        return dataclasses.replace(factors, a=next(cast), b=next(cast))
+        """The adapter as it is now, in float32; the base's layers bring it to the type that they compute in."""
+        factors: LoraFactors = self.network(torch.zeros(1, 1, device=self.device))
+        return factors
 
     def run(self, advance: Callable[[float, float | None], None]) -> None:
         """All steps; `advance` is told the loss and the best validation score so far."""
@@ -201,11 +199,9 @@ class _Fitting:
         )  # fmt: skip
 
     def best_factors(self) -> LoraFactors:
-        """In float32, as they were trained."""
         self.network.load_state_dict(self.kept["network"])
         with torch.no_grad():
-            factors: LoraFactors = self.network(torch.zeros(1, 1, device=self.device))
-        return factors
+            return self.factors()
 
     def best_head(self) -> ClassifierHead:
         self.head.load_state_dict(self.kept["head"])

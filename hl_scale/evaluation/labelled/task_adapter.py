@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -109,7 +110,8 @@ def load_task_adapter(directory: str | os.PathLike[str], base: AdaptedModel) -> 
         ]
         told = facts["head"]
         task = TaskFacts(told["task"]["name"], told["task"]["kind"], tuple(told["task"]["labels"]))
-        head = ClassifierHead(base.hidden_size, task, told["pooling"], told["center"], told["spread"])
+        with torch.random.fork_rng(devices=[]):  # initial values, which are overwritten, are no draws of the caller's
+            head = ClassifierHead(base.hidden_size, task, told["pooling"], told["center"], told["spread"])
         head.load_state_dict(load_file(directory / HEAD_FILE))
     except (AdapterError, OSError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         raise TaskAdapterError(
