@@ -341,6 +341,12 @@ def test_a_file_of_labelled_sets_is_as_strict_as_a_run_and_knows_nothing_of_one(
     assert loaded.labelled.name == "rte" and loaded.task_adapter.steps == 3
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs/labelled").glob("*.yaml")), ids=str)
+def test_every_file_of_a_labelled_set_loads_and_names_varieties_that_exist(path: Path) -> None:
+    loaded = load_labelled_config(path).labelled
+    assert len({typology.resolve(name) for name in loaded.varieties}) == len(loaded.varieties) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "labels"), [("sentiment", 2), ("hedging", 2), ("topic", 5), ("domain", 3)])
 def test_tasks_that_come_with_packages_have_natural_sentences_of_every_class(task, labels) -> None:
