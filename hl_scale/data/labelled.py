@@ -253,7 +253,7 @@ def split_rows(
     taken: set[str] = set()
     splits: dict[str, list[Row]] = {}
     for split in ("test", "validation", "train"):
-        found = []
+        found: list[tuple[Row, tuple[str, ...]]] = []
         for row, forms in pools[split]:
             if sizes[split] is not None and len(found) == sizes[split]:
                 break

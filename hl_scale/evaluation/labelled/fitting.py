@@ -155,8 +155,8 @@ class _Fitting:
             optimizer.step()
             schedule.step()
             if step % config.validate_every == 0 or step == config.steps:
-                self._validate(step, float(loss))
-            advance(float(loss), None if self.best is None else self.best[0])
+                self._validate(step, loss.item())
+            advance(loss.item(), None if self.best is None else self.best[0])
 
     def _rate(self, done: int) -> float:
         """Linear warm-up to 1, then linear to 0."""

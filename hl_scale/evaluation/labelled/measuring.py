@@ -94,8 +94,8 @@ def load_measurement(path: Path) -> Measurement:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         task = TaskFacts(tree["task"]["name"], tree["task"]["kind"], tuple(tree["task"]["labels"]))
-        columns = [np.asarray(tree[name], np.float64) for name in ("labels", "predictions", "losses")]
-        return Measurement(task, tuple(tree["example_ids"]), *columns, truncated=tree["truncated"])
+        labels, said, losses = (np.asarray(tree[name], np.float64) for name in ("labels", "predictions", "losses"))
+        return Measurement(task, tuple(tree["example_ids"]), labels, said, losses, int(tree["truncated"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path} is not a measurement: {error}\n  fix: delete it and measure again") from None
 
