@@ -64,6 +64,27 @@ def prepare(
 
 
 @app.command()
+def prepare_labelled(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="build anew even if a matching set exists")] = False,
+) -> None:
+    """Build a labelled set and its dialect forms (a file with the section `labelled`): Parquet and a manifest."""
+    from hl_scale.config import load_labelled_config
+    from hl_scale.data.labelled_preparation import prepare_labelled as prepare_set
+
+    prepared = prepare_set(load_labelled_config(config, overrides or ()).labelled, force=force)
+    manifest = prepared.labelled.manifest
+    sizes = ", ".join(f"{facts['examples']} {split}" for split, facts in manifest["splits"].items())
+    print(f"labelled set {'up to date' if prepared.reused else 'written'}: {prepared.labelled.directory} ({sizes})")
+    for name, entry in manifest["varieties"].items():
+        changed = f"{entry['test']['changed_share']:.1%} of test examples changed"
+        print(f"  {name}: {changed}, {entry['test']['failed'] + entry['train']['failed']} failed")
+    for rule, reason in manifest["unavailable_rules"].items():
+        print(f"  rule {rule} cannot fire here: {reason}")
+
+
+@app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train in this process alone; for several use `deepspeed launch/train.py` or `launch/ray_train.py`."""
     from hl_scale.engine.loop import train as run_training

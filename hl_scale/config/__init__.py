@@ -1,6 +1,7 @@
 """The whole configuration of a run: typed, strict, and free of torch."""
 
 from hl_scale.config.data import DataConfig, DialectDataConfig, SentenceSource, TaskDataConfig, TaskSource
+from hl_scale.config.labelled import LabelledConfig, LabelledDataConfig, TaskAdapterConfig, load_labelled_config
 from hl_scale.config.learning import (
     AlignmentConfig,
     ConditionsConfig,
@@ -32,11 +33,14 @@ __all__ = [
     "DialectDataConfig",
     "EvaluationConfig",
     "HypernetworkConfig",
+    "LabelledConfig",
+    "LabelledDataConfig",
     "LoraConfig",
     "ReconstructionConfig",
     "RunConfig",
     "SentenceSource",
     "SupervisedConfig",
+    "TaskAdapterConfig",
     "TaskDataConfig",
     "TaskSource",
     "TextToLoraConfig",
@@ -44,5 +48,6 @@ __all__ = [
     "Zero3Config",
     "dump_config",
     "load_config",
+    "load_labelled_config",
     "parse_config",
 ]

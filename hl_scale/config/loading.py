@@ -21,6 +21,8 @@ from pydantic import Tag, ValidationError
 from hl_scale.config.section import Section
 from hl_scale.config.sections import Config
 
+Root = typing.TypeVar("Root", bound=Section)
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every problem with its path, value, reason and fix."""
@@ -41,6 +43,16 @@ def load_config(
     Raises:
         ConfigError: the file is missing or not a mapping, or any key or value is wrong; every problem is listed.
     """
+    return read_sections(Config, path, overrides, environment)
+
+
+def read_sections(
+    root: type[Root],
+    path: str | os.PathLike[str],
+    overrides: typing.Sequence[str] = (),
+    environment: typing.Mapping[str, str] | None = None,
+) -> Root:
+    """A YAML file as an object of `root`; see `load_config`."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
@@ -60,18 +72,22 @@ def load_config(
         assignments.append((key.split("."), _parse_value(text, f"override {item!r}")))
     for keys, value in assignments:
         if keys[1:] == ["kind"]:
-            _leave_out_other_kinds(tree, keys[0], value)
+            _leave_out_other_kinds(root, tree, keys[0], value)
     for keys, value in assignments:
         _assign(tree, keys, value)
-    return parse_config(tree, source=str(path))
+    return _validated(root, tree, str(path))
 
 
 def parse_config(tree: typing.Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate a nested mapping; raise `ConfigError` that lists every problem found in it."""
+    return _validated(Config, tree, source)
+
+
+def _validated(root: type[Root], tree: typing.Mapping[str, Any], source: str) -> Root:
     try:
-        return Config.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_describe(error, source)) from None
+        raise ConfigError(_describe(root, error, source)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -95,9 +111,9 @@ def _parse_value(text: str, source: str) -> Any:
         raise ConfigError(f"{source} does not hold a YAML value:\n  {error}\n  fix: quote or complete it") from None
 
 
-def _leave_out_other_kinds(tree: dict[str, Any], name: str, kind: Any) -> None:
+def _leave_out_other_kinds(root: type[Section], tree: dict[str, Any], name: str, kind: Any) -> None:
     """Remove the keys of a section that its new kind has not; a kind that does not exist is refused later."""
-    chosen, section = _sections_by_kind(name).get(str(kind)), tree.get(name)
+    chosen, section = _sections_by_kind(root, name).get(str(kind)), tree.get(name)
     if chosen is not None and isinstance(section, dict):
         tree[name] = {key: value for key, value in section.items() if key in chosen.model_fields}
 
@@ -111,23 +127,23 @@ def _assign(tree: dict[str, Any], keys: typing.Sequence[str], value: Any) -> Non
     tree[keys[-1]] = value
 
 
-def _describe(error: ValidationError, source: str) -> str:
+def _describe(root: type[Section], error: ValidationError, source: str) -> str:
     problems = error.errors(include_url=False)
     lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
     for problem in problems:
-        path = _without_tags(problem["loc"])
+        path = _without_tags(root, problem["loc"])
         location = ".".join(str(part) for part in path) or "(top level)"
         value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
         lines.append(f"  {location}{value[:120]}")
         lines.append(f"    why: {problem['msg']}")
-        lines.append(f"    fix: {_fix(problem)}")
+        lines.append(f"    fix: {_fix(root, problem)}")
     return "\n".join(lines)
 
 
-def _fix(problem: Any) -> str:
+def _fix(root: type[Section], problem: Any) -> str:
     location = problem["loc"]
     if problem["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1]))
+        known = list(_fields_at(root, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         return f"did you mean {near[0]!r}?" if near else f"remove it; known keys here: {', '.join(known)}"
     if problem["type"] == "missing":
@@ -135,24 +151,24 @@ def _fix(problem: Any) -> str:
     if problem["type"] == "literal_error":
         return f"use one of {problem['ctx']['expected']}"
     if problem["type"] == "union_tag_invalid":
-        return f"use one of {', '.join(map(repr, _sections_by_kind(str(location[0]))))}"
+        return f"use one of {', '.join(map(repr, _sections_by_kind(root, str(location[0]))))}"
     for end in range(len(location), 0, -1):  # an element of a tuple or a branch of a union has its field's help
-        field = _fields_at(location[: end - 1]).get(str(location[end - 1]))
+        field = _fields_at(root, location[: end - 1]).get(str(location[end - 1]))
         if field is not None and field.description:
             return str(field.description)
     return "correct the value"
 
 
-def _without_tags(location: tuple[Any, ...]) -> tuple[Any, ...]:
+def _without_tags(root: type[Section], location: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pydantic names the kind of a section that has several after the section; users wrote no such key."""
-    field = Config.model_fields.get(str(location[0])) if len(location) > 1 else None
+    field = root.model_fields.get(str(location[0])) if len(location) > 1 else None
     tagged = field is not None and location[1] in _kinds(field.annotation)
     return (location[0], *location[2:]) if tagged else location
 
 
-def _fields_at(location: typing.Sequence[Any]) -> dict[str, Any]:
+def _fields_at(root: type[Section], location: typing.Sequence[Any]) -> dict[str, Any]:
     """Fields of the section that `location` points at, looking through tuples, kinds and unions."""
-    section: Any = Config
+    section: Any = root
     kinds: dict[str, Any] = {}
     for part in location:
         if isinstance(part, int):
@@ -178,9 +194,9 @@ def _kinds(annotation: Any) -> dict[str, Any]:
     return found
 
 
-def _sections_by_kind(name: str) -> dict[str, type[Section]]:
+def _sections_by_kind(root: type[Section], name: str) -> dict[str, type[Section]]:
     """Value of `kind` -> section, of a section that comes in several; kinds may share a section, and its tag."""
-    field = Config.model_fields.get(name)
+    field = root.model_fields.get(name)
     sections = [] if field is None else _kinds(field.annotation).values()
     return {kind: section for section in sections for kind in typing.get_args(section.model_fields["kind"].annotation)}
 

