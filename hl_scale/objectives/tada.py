@@ -9,10 +9,10 @@ the same loss; on their way back to the adapter its gradients change sign, so th
 Standard English. `adversary_weight` multiplies them there, and only there: the critic's own training does not depend on
 it. TADA trains bottleneck adapters (`hl_scale.adaptations`), here any adaptation.
 
-The published code differs in this: it sums over D instead of taking the mean, which makes the critic's share D times
-smaller; its critic is trained on the difference of unbounded scores instead of cross-entropy, reads the first token of
-the transformer layer instead of the mean, and masks real tokens instead of padding. States are brought to mean 0 and
-variance 1 before the critic, because those of decoders have lengths in the hundreds.
+The published code sums over D instead of taking the mean, and has no weight: the default, 1 / D, is its balance. It
+differs in this: its critic is trained on the difference of unbounded scores instead of cross-entropy, reads the first
+token of the transformer layer instead of the mean, and masks real tokens instead of padding. States are brought to mean
+0 and variance 1 before the critic, because those of decoders have lengths in the hundreds.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class TadaObjective(nn.Module):
     Args:
         hidden_size: D.
         sentence_state: see `sentence_state_of`.
-        adversary_weight: of the critic's reversed gradients; 0 leaves alignment alone.
+        adversary_weight: of the critic's reversed gradients, 1 / D unless given; 0 leaves alignment alone.
     """
 
-    def __init__(self, hidden_size: int, sentence_state: SentenceState, adversary_weight: float = 1.0) -> None:
+    def __init__(self, hidden_size: int, sentence_state: SentenceState, adversary_weight: float | None = None) -> None:
         super().__init__()
+        adversary_weight = 1 / hidden_size if adversary_weight is None else adversary_weight
         if adversary_weight < 0:
             raise ValueError(f"adversary_weight = {adversary_weight}\n  fix: give a number that is not negative")
         self.sentence_state = sentence_state

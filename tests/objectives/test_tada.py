@@ -124,10 +124,11 @@ def test_the_critic_learns_to_tell_them_apart_and_an_adapter_to_be_taken_for_sta
     assert (taken_for < torch.sigmoid(tada.critic(rows[0], rows[1]))).all() and taken_for.mean() < 0.5
 
 
-def test_rows_without_tokens_and_negative_weights_are_refused() -> None:
+def test_the_weight_is_one_over_d_unless_given_and_negative_ones_and_rows_without_tokens_are_refused() -> None:
     dialect, dialect_mask, standard, standard_mask = batch()
     dialect_mask[2] = 0
     with pytest.raises(EmptyCloudError, match="row 2 of 4 has no token"):
         objective()(dialect, dialect_mask, standard, standard_mask)
+    assert TadaObjective(SIZE, "first").adversary_weight == 1 / SIZE
     with pytest.raises(ValueError, match="adversary_weight = -1"):
         objective(-1.0)
