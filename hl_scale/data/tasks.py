@@ -6,6 +6,7 @@ wordings that are set apart are never trained on.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import hashlib
 import json
@@ -109,8 +110,10 @@ class TaskSet:
         for task in self.tasks:
             if task.name == name:
                 return task
-        known = ", ".join(task.name for task in self.tasks[:8])
-        raise TaskError(f"{self.directory} has no task {name!r}; it has {known} ...\n  fix: use one of these")
+        names = [task.name for task in self.tasks]
+        near = ", ".join(difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names[:8])
+        # Without the directory: a server's clients read this.
+        raise TaskError(f"the task set has no task {name[:80]!r}\n  fix: use one of its {len(names)} tasks, such as {near}")
 
     def only(self, name: str) -> TaskSet:
         """One task by itself, as a seen one. Its fingerprint is that of what is trained on, its training examples: it
