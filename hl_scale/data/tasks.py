@@ -113,7 +113,7 @@ class TaskSet:
         names = [task.name for task in self.tasks]
         near = ", ".join(difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names[:8])
         # Without the directory: a server's clients read this.
-        raise TaskError(f"the task set has no task {name[:80]!r}\n  fix: use one of its {len(names)} tasks, such as {near}")
+        raise TaskError(f"the task set has no task {name[:80]!r}\n  fix: use one of its {len(names)}, such as {near}")
 
     def only(self, name: str) -> TaskSet:
         """One task by itself, as a seen one. Its fingerprint is that of what is trained on, its training examples: it
