@@ -7,6 +7,9 @@ the adapter itself moves distributions by 0.25 and more.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +28,7 @@ from hl_scale.serving import generate_adapter, merge_adapter, validate_adapter
 from hl_scale.serving.engines import check_engines
 from hl_scale.serving.export import generate_factors
 
+VLLM_PYTHON = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "python"
 CONDITION = "dialect:Nigerian English"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 TOLERANCE = 2e-5
@@ -162,3 +166,64 @@ def test_peft_and_transformers_give_the_distributions_of_a_dialect_on_top_of_a_t
         model = AutoModelForCausalLM.from_pretrained(merged.directory, dtype=torch.float32).eval()
         with torch.no_grad():
             assert distance(model(**gemma.inputs).logits, ours) < TOLERANCE
+
+
+ASK_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+job = json.loads(sys.argv[1])
+options = {"enable_lora": True, "max_lora_rank": 8} if job["adapters"] else {}
+llm = LLM(job["model"], dtype="float32", enforce_eager=True, max_model_len=64, max_logprobs=50, seed=0, **options)
+requests = [LoRARequest(str(i), i, path) for i, path in enumerate(job["adapters"], 1)] or [None]
+found = []
+for request in requests:
+    parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=50)
+    (answer,) = llm.generate([{"prompt_token_ids": job["ids"]}], parameters, lora_request=request, use_tqdm=False)
+    found.append({token: entry.logprob for token, entry in answer.outputs[0].logprobs[0].items()})
+with open(job["out"], "w") as file:
+    json.dump(found, file)
+"""
+
+
+def ask_vllm(model, ids, adapters, scratch):
+    """Log-probabilities of the 50 likeliest next tokens, for each adapter or without any."""
+    out = scratch / "found.json"
+    job = {"model": str(model), "ids": ids, "adapters": [str(path) for path in adapters], "out": str(out)}
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MASTER_", "WORLD_"))},
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "",
+    }  # fmt: skip
+    script = scratch / "ask_vllm.py"
+    script.write_text(f"if __name__ == '__main__':\n    exec({ASK_VLLM!r})\n")
+    done = subprocess.run([str(VLLM_PYTHON), str(script), json.dumps(job)], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return [{int(token): value for token, value in row.items()} for row in json.loads(out.read_text())]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM here: `make .venv-vllm/.ready` installs it")
+def test_vllm_gives_our_distributions_with_adapters_and_from_a_merged_checkpoint(gemma, make_run, tmp_path):
+    model = tmp_path / "dequantised"
+    gemma.dense.save_pretrained(model)
+    gemma.base.tokenizer.save_pretrained(model)
+    ids = gemma.inputs["input_ids"][0].tolist()
+    expected, adapters = [], []
+    for convention in ("alpha_over_rank", "alpha_over_sqrt_rank"):
+        run = make_run(convention)
+        with torch.no_grad():
+            logits = run.base.logits(**gemma.inputs, factors=generate_factors(run, CONDITION)[1])[0, -1]
+        for profile in ("plain", "portable"):
+            adapters.append(generate_adapter(run, CONDITION, tmp_path / f"{convention}-{profile}", profile=profile))
+            expected.append(logits.log_softmax(-1))
+    with torch.no_grad():
+        bare = run.base.logits(**gemma.inputs)[0, -1].log_softmax(-1)
+    found = ask_vllm(model, ids, adapters, tmp_path)
+    merged = merge_adapter(run, CONDITION, tmp_path / "merged", dtype="float32", progress=False)
+    found += ask_vllm(merged.directory, ids, [], tmp_path)
+    for ours, theirs in zip([*expected, expected[-1]], found, strict=True):
+        tokens = list(theirs)
+        error = (torch.tensor(list(theirs.values())) - ours[tokens]).abs().max()
+        assert error < 1e-3
+        assert (ours - bare)[tokens].abs().max() > 100 * error

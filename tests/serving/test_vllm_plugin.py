@@ -48,7 +48,7 @@ def test_a_service_that_could_not_be_made_can_be_made_later(monkeypatch, tmp_pat
         (
             20,
             {"enable_lora": True, "max_lora_rank": 16},
-            "rank 20, the server takes at most 16(.|\n)*--max-lora-rank 32",
+            "ranks up to 20, the server takes at most 16(.|\n)*--max-lora-rank 32",
         ),
         (600, {"max_lora_rank": 512}, "ranks up to 512"),
     ],
