@@ -21,8 +21,9 @@ from pydantic import BeforeValidator, ByteSize, Field, ValidationError
 
 from hl_scale.base.loading import base_reference
 from hl_scale.conditions import typology
-from hl_scale.config import ConfigError, load_config
+from hl_scale.config import Config, ConfigError, load_config
 from hl_scale.config.section import Section
+from hl_scale.data.shards import MANIFEST
 from hl_scale.engine import checkpoint
 from hl_scale.serving.adapter_cache import AdapterCache, BadAdapterError, CacheError, adapter_id, adapter_key
 from hl_scale.serving.adapter_metrics import AdapterMetrics
@@ -139,7 +140,7 @@ class AdapterService:
         self.step = checkpoint.step_of(self.checkpoint)
         self._base = settings.base or base_reference(self.config.base)  # may convert a packaged model: not in a request
         manifest = (self.checkpoint / checkpoint.MANIFEST).read_bytes()
-        self._identity = hashlib.sha256(manifest).hexdigest()
+        self._identity = _identity(self.config, manifest)
         fingerprint = json.loads(manifest)["base_fingerprint"]
         self.task_adapters = RegisteredAdapters(settings.task_adapters, self.config, settings.base, fingerprint)
         self.cache = AdapterCache(settings.cache, settings.cache_bytes)
@@ -381,3 +382,15 @@ def _checkpoint(settings: ServingSettings) -> Path:
 __all__ = [
     "Adapter", "AdapterError", "AdapterService", "CacheError", "ServingSettings", "settings_from_environment",
 ]  # fmt: skip
+
+
+def _identity(config: Config, manifest: bytes) -> str:
+    """Of what adapters are made of: the checkpoint, how it is used, and for a task run what its tasks say."""
+    used = {
+        name: getattr(config, name).model_dump(mode="json") for name in ("base", "lora", "hypernetwork", "conditions")
+    }
+    digest = hashlib.sha256(manifest + json.dumps(used, sort_keys=True).encode())
+    tasks = Path(config.data.directory) / MANIFEST
+    if config.data.kind == "tasks" and tasks.is_file():
+        digest.update(tasks.read_bytes())
+    return digest.hexdigest()

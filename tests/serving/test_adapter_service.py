@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from hl_scale.base import read_task_adapter
 from hl_scale.base.adapted import BaseModelError
-from hl_scale.config import ConfigError
+from hl_scale.config import ConfigError, load_config
 from hl_scale.engine.loop import train
 from hl_scale.engine.run import load_run
 from hl_scale.serving import adapter_service
@@ -490,3 +490,23 @@ def test_settings_that_cannot_be_right_are_named(wrong):
     variables = {f"HL_SCALE_SERVE_{name}": value for name, value in {"RUN": "runs/a", **wrong}.items()}
     with pytest.raises(ConfigError, match=f"HL_SCALE_SERVE_{next(iter(wrong))}: "):
         settings_from_environment(variables)
+
+
+def test_adapters_of_a_run_whose_scale_or_tasks_were_changed_are_not_taken_from_the_cache(
+    run, tiny_tasks, tiny_config, tmp_path
+):
+    manifest = b"{}"
+    of_run = adapter_service._identity(load_config(run / "config.yaml", environment={}), manifest)
+    stronger = load_config(run / "config.yaml", ["lora.alpha=99"], environment={})
+    assert adapter_service._identity(stronger, manifest) != of_run
+    moved = load_config(run / "config.yaml", ["run.directory=elsewhere"], environment={})
+    assert adapter_service._identity(moved, manifest) == of_run
+    tasks = tiny_config(tmp_path / "tasks", tiny_tasks)
+    before = adapter_service._identity(tasks, manifest)
+    prepared = Path(tasks.data.directory) / "manifest.json"
+    told = prepared.read_bytes()
+    try:
+        prepared.write_bytes(told + b" ")
+        assert adapter_service._identity(tasks, manifest) != before
+    finally:
+        prepared.write_bytes(told)
