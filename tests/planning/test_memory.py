@@ -6,6 +6,8 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hl_scale.base import QuantizedLinear, load_base
 from hl_scale.hypernetwork import build_hypernetwork
@@ -137,6 +139,32 @@ def test_longer_texts_and_more_pairs_take_more(config):
     one = plan_memory(config({**small_bucket, "training.micro_batch_size": 1}), 2, device="cuda")
     four = plan_memory(config({**small_bucket, "training.micro_batch_size": 4}), 2, device="cuda")
     assert (one.micro_batch, four.micro_batch) == (1, 4) and four.peak > one.peak
+
+
+def write_adapter(directory, rank):
+    """A LoRA of one layer of the tiny model."""
+    directory.mkdir()
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    tensors = {key.format("A"): torch.ones(rank, 96), key.format("B"): torch.ones(64, rank)}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return str(directory)
+
+
+@pytest.mark.parametrize("options", [{}, {"base.gradient_checkpointing": True}])
+def test_a_task_adapter_adds_what_its_layers_keep_for_backward(config, tmp_path, options):
+    kept = {}
+    for rank in (0, 1, 33):
+        task = write_adapter(tmp_path / str(rank), rank) if rank else None
+        plan = plan_memory(config({**options, "lora.task_adapter": task}), 1, device="cuda")
+        kept[rank] = sum(phases(plan)["backward"].values())
+    assert kept[0] <= kept[1] < kept[33]
+
+
+def test_a_task_adapter_that_is_not_there_is_named_with_its_setting(config, tmp_path):
+    with pytest.raises(ValueError, match=r"lora\.task_adapter = \S+gone: there is no such directory\n  fix:"):
+        plan_memory(config({"lora.task_adapter": str(tmp_path / "gone")}), 1, device="cuda")
 
 
 def test_texts_are_no_longer_than_the_context(config):
