@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from hl_scale.base import read_task_adapter
 from hl_scale.engine.loop import train
-from hl_scale.engine.run import load_run
+from hl_scale.engine.run import composed_factors, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -55,10 +56,24 @@ def run(single_process, tiny_config, tiny_model, tmp_path_factory):
     return load_run(directory)
 
 
-class Server:
-    """`vllm serve` of the run's base, with the plugin."""
+@pytest.fixture(scope="module")
+def task_adapter(run, tmp_path_factory):
+    """Directory of a random LoRA of rank 3 on one of the run's layers and on another, as PEFT writes it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    def __init__(self, run: Any, scratch: Path) -> None:
+    torch.manual_seed(3)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(run.config.base.model), config)
+    directory = tmp_path_factory.mktemp("tasks") / "mood"
+    model.save_pretrained(directory)
+    return directory
+
+
+class Server:
+    """`vllm serve` of the run's base, with the plugin and a task adapter called "mood"."""
+
+    def __init__(self, run: Any, task_adapter: Path, scratch: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -72,6 +87,7 @@ class Server:
             "TORCH_COMPILE_DISABLE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(START_TIMEOUT),
             "HL_SCALE_SERVE_RUN": str(run.directory), "HL_SCALE_SERVE_CACHE": str(self.cache),
             "HL_SCALE_SERVE_DEADLINE": "900", "HL_SCALE_SERVE_DESCRIPTION_CHARACTERS": "1000",
+            "HL_SCALE_SERVE_TASK_ADAPTERS": json.dumps({"mood": str(task_adapter)}),
         }  # fmt: skip
 
     def start(self) -> None:
@@ -121,29 +137,49 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(run, tmp_path_factory) -> Iterator[Server]:
-    made = Server(run, tmp_path_factory.mktemp("server"))
+def server(run, task_adapter, tmp_path_factory) -> Iterator[Server]:
+    made = Server(run, task_adapter, tmp_path_factory.mktemp("server"))
     made.start()
     yield made
     made.kill()
 
 
-@pytest.mark.parametrize("dialect", ["Nigerian English", "Indian English", "Appalachian English"])
-def test_a_dialect_is_answered_as_the_training_time_model_would(server, run, dialect):
-    ids = [1, 5, 9, 12, 30, 7]
-    expected = {}
-    for name, condition in (("adapted", f"dialect:{dialect}"), ("bare", None)):
-        inputs = torch.tensor([ids])
-        with torch.no_grad():
-            vector = None if condition is None else torch.tensor(run.conditions.parse(condition).vector)[None]
-            factors = None if vector is None else run.hypernetwork(vector)
-            expected[name] = run.base.logits(inputs, torch.ones_like(inputs), factors)[0, -1].log_softmax(-1)
-    status, choice = server.complete(f"dialect:{dialect}", ids, logprobs=100, return_tokens_as_token_ids=True)
+IDS = [1, 5, 9, 12, 30, 7]
+
+
+def log_probabilities(run: Any, factors: Any) -> torch.Tensor:
+    """(V,) of the token after IDS, by the training-time model."""
+    with torch.no_grad():
+        return run.base.logits(torch.tensor([IDS]), torch.ones(1, len(IDS)), factors)[0, -1].log_softmax(-1)
+
+
+def assert_answered(server: Server, name: str, expected: torch.Tensor, *others: torch.Tensor) -> None:
+    """The server's log-probabilities under this name are `expected`, and clearly none of `others`."""
+    status, choice = server.complete(name, IDS, logprobs=100, return_tokens_as_token_ids=True)
     assert status == 200, choice
     found = {int(key.split(":")[1]): value for key, value in choice["logprobs"]["top_logprobs"][0].items()}
-    adapted, bare = (torch.tensor([row[token] for token in found]) for row in (expected["adapted"], expected["bare"]))
-    error = (torch.tensor(list(found.values())) - adapted).abs().max()
-    assert error < 1e-3 and (adapted - bare).abs().max() > 10 * error
+    tokens, values = list(found), torch.tensor(list(found.values()))
+    error = (values - expected[tokens]).abs().max()
+    assert error < 1e-3
+    assert all((expected[tokens] - other[tokens]).abs().max() > 10 * error for other in others)
+
+
+@pytest.mark.parametrize("dialect", ["Nigerian English", "Indian English", "Appalachian English"])
+def test_a_dialect_is_answered_as_the_training_time_model_would(server, run, dialect):
+    vector = torch.tensor(run.conditions.parse(f"dialect:{dialect}").vector)[None]
+    adapted = log_probabilities(run, composed_factors(run, vector))
+    assert_answered(server, f"dialect:{dialect}", adapted, log_probabilities(run, None))
+
+
+def test_a_dialect_with_a_task_is_answered_as_the_sum_of_both_adapters_would(server, run, task_adapter):
+    vector = torch.tensor(run.conditions.parse("dialect:Indian English").vector)[None]
+    task = read_task_adapter(task_adapter, run.base, run.config.base)
+    alone, of_task = log_probabilities(run, composed_factors(run, vector)), log_probabilities(run, task.factors)
+    both = log_probabilities(run, composed_factors(run, vector, task))
+    assert_answered(server, "dialect:Indian English+task:mood", both, alone, of_task)
+    assert_answered(server, "dialect:Indian English", alone, both)
+    status, message = server.complete("dialect:Indian English+task:mod")
+    assert status == 404 and "mood" in message
 
 
 def test_thirty_two_requests_for_one_new_dialect_generate_it_once(server):
