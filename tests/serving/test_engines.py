@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hl_scale.cli import _ENGINES, app
+from hl_scale.cli import app
+from hl_scale.cli.adapters import _ENGINES
 from hl_scale.config import LoraConfig
 from hl_scale.lora import LoraFactors
 from hl_scale.serving import generate_adapter, validate_adapter
