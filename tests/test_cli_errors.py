@@ -134,3 +134,11 @@ def test_the_schema_holds_the_help_text_of_the_keys(
         cli.main()
     assert caught.value.code == 0
     assert "Rank r of every generated adapter." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [("--dtype", "float16"), ("--merge-base", "original")])
+def test_what_only_merging_knows_is_refused_for_a_gguf_adapter(
+    config: Path, error: Any, option: tuple[str, str]
+) -> None:
+    text = error("export", "run", "--gguf", "--condition", "dialect:Irish English", "--out", "a.gguf", *option)
+    assert "go with --merged" in text and not (config.parent / "a.gguf").exists()

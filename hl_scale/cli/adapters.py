@@ -49,20 +49,18 @@ def generate(
     from hl_scale.serving import batch, generate_adapter
 
     require_choice("--profile", profile, ("plain", "portable"))
-    if with_adapter is not None and condition is None:
-        raise ValueError("--with-adapter goes with --condition: it is added to one adapter at a time")
     if [condition is not None, all_dialects, conditions is not None].count(True) != 1:
         raise ValueError("pass one of --condition, --all-dialects and --conditions")
     loaded = load_generator(run, step, device=device or default_device())
     chosen: Any = profile
+    added = read_added(loaded, with_adapter)
     if condition is not None:
-        added = read_added(loaded, with_adapter)
         written = generate_adapter(loaded, condition, out, profile=chosen, with_adapter=added, force=force)
         print(f"adapter: {written}")
         return
     parse = loaded.conditions.parse
     requests = batch.all_dialects(loaded) if conditions is None else batch.read_requests(conditions, parse)
-    made = batch.generate_adapters(loaded, requests, out, profile=chosen, force=force)
+    made = batch.generate_adapters(loaded, requests, out, profile=chosen, with_adapter=added, force=force)
     print(f"adapters: {made.directory} ({len(made.written)} written, {len(made.kept)} kept)")
 
 
@@ -94,8 +92,10 @@ def export(
     condition: Condition,
     out: Annotated[Path, typer.Option(help="directory to write, or file with --gguf")],
     merged: Annotated[bool, typer.Option("--merged", help="merge the adapter into the base, in 16 bits")] = False,
-    merge_base: Annotated[str, typer.Option(help="dequantized, as trained, or the original weights")] = "dequantized",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    merge_base: Annotated[
+        str | None, typer.Option(help="with --merged: dequantized (the default), as trained, or the original weights")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="with --merged: bfloat16 (the default), float16 or float32")] = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="write the adapter for llama.cpp")] = False,
     with_adapter: WithAdapter = None,
     step: Step = None,
@@ -106,6 +106,8 @@ def export(
     if merged == gguf:
         raise ValueError("export takes one of --merged and --gguf (a PEFT directory is `hl-scale generate`)")
     if gguf:
+        if merge_base is not None or dtype is not None:
+            raise ValueError("--merge-base and --dtype go with --merged: a GGUF adapter holds float32 factors, no base")
         from hl_scale.serving.gguf_adapter import export_gguf
 
         loaded = open_run(run, step, device)
@@ -115,6 +117,7 @@ def export(
     from hl_scale.serving import merge_adapter
     from hl_scale.serving.original import difference_table
 
+    dtype, merge_base = dtype or "bfloat16", merge_base or "dequantized"
     require_choice("--dtype", dtype, ("bfloat16", "float16", "float32"))
     require_choice("--merge-base", merge_base, ("dequantized", "original"))
     loaded = open_run(run, step, device)

@@ -29,6 +29,8 @@ from hl_scale.serving.export import (
     base_arguments,
     check_factors,
     condition_facts,
+    lora_of_sum,
+    pad_rank,
     peft_config,
     run_provenance,
     scale_facts,
@@ -38,6 +40,8 @@ from hl_scale.serving.progress import counting_bar
 from hl_scale.serving.staging import PROVENANCE_FILE, OutputError, check_replaceable, publish, staging_area
 
 if TYPE_CHECKING:
+    from hl_scale.base import TaskAdapter
+    from hl_scale.config import LoraConfig
     from hl_scale.engine.run import LoadedRun
 
 PASS_BYTES = 256 * 2**20
@@ -78,6 +82,7 @@ def generate_adapters(
     directory: str | os.PathLike[str],
     *,
     profile: Profile = "plain",
+    with_adapter: TaskAdapter | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Generated:
@@ -91,6 +96,7 @@ def generate_adapters(
         requests: names and conditions, see `read_requests` and `all_dialects`.
         directory: DIRECTORY/NAME is written for each; created where missing.
         profile: see `write_peft_adapter`.
+        with_adapter: a task adapter to add to each: directories then hold sums, of summed rank.
         force: replace directories that hl_scale wrote earlier and that are damaged or of another provenance.
         progress: show a progress bar on a terminal.
 
@@ -102,23 +108,26 @@ def generate_adapters(
     directory = Path(os.path.abspath(directory))
     places = [(request.name, f"request {number}") for number, request in enumerate(requests, start=1)]
     _refuse("these adapters cannot be generated, nothing was written", _problems_of_names(places))
-    config = peft_config(run.base.slots, run.config.lora, **base_arguments(run), profile=profile)
     if not requests:
         return Generated(directory, (), ())
-    scale = scale_facts(run.config.lora, run.hypernetwork.scale, profile)
-    shared = {**run_provenance(run, requests[0].condition), **scale}
+    slots, lora, factor = run.base.slots, run.config.lora, run.hypernetwork.scale
+    if with_adapter is not None:
+        (example,) = _factors(run, requests[:1], with_adapter)
+        slots, lora, factor = example.slots, lora_of_sum(example), example.scale
+    config = peft_config(slots, lora, **base_arguments(run), profile=profile)
+    shared = {**run_provenance(run, requests[0].condition, with_adapter), **scale_facts(lora, factor, profile)}
 
     def facts_of(request: Request) -> dict[str, Any]:
         return {**shared, **condition_facts(request.condition)}
 
     kept = _kept(requests, directory, config, facts_of, force)
     due = [request for request in requests if request.name not in kept]
-    per_pass = conditions_per_pass(run.base.slots, run.config.lora.rank)
+    per_pass = conditions_per_pass(slots, lora.rank)
     with counting_bar("generating", len(due), progress) as advance:
         for start in range(0, len(due), per_pass):
             some = due[start : start + per_pass]
             with staging_area(directory) as staging:
-                for request, factors in zip(some, _factors(run, some), strict=True):
+                for request, factors in zip(some, _factors(run, some, with_adapter), strict=True):
                     (staging / request.name).mkdir()
                     write_adapter_files(staging / request.name, factors, config, facts_of(request))
                 names = [request.name for request in some]
@@ -275,16 +284,19 @@ def _difference(directory: Path, config: dict[str, Any], facts: dict[str, Any]) 
     return None
 
 
-def _factors(run: LoadedRun, requests: Sequence[Request]) -> Iterator[LoraFactors]:
+def _factors(run: LoadedRun, requests: Sequence[Request], with_adapter: TaskAdapter | None) -> Iterator[LoraFactors]:
     """Factors of each (E = 1), from one pass."""
-    device = next(run.hypernetwork.parameters()).device
-    vectors = torch.stack([torch.tensor(request.condition.vector) for request in requests]).float()
-    with torch.no_grad():
-        factors = run.hypernetwork(vectors.to(device))
+    from hl_scale.engine.run import composed_factors
+
+    vectors = torch.stack([torch.tensor(request.condition.vector) for request in requests])
+    factors = composed_factors(run, vectors, with_adapter)
+    if with_adapter is not None:
+        factors = pad_rank(factors, factors.rank)
+    lora: LoraConfig = run.config.lora if with_adapter is None else lora_of_sum(factors)
     for number, request in enumerate(requests):
         one = factors.select(min(number, factors.conditions - 1))  # a plain LoRA has one for all conditions
         try:
-            check_factors(one, run.config.lora)
+            check_factors(one, lora)
         except ExportError as error:
             raise ExportError(f"{request.name}: {error}") from None
         yield one

@@ -92,7 +92,7 @@ def generate_adapter(
     return write_peft_adapter(
         factors,
         directory,
-        lora=run.config.lora if with_adapter is None else _lora_of(factors),
+        lora=run.config.lora if with_adapter is None else lora_of_sum(factors),
         provenance={**run_provenance(run, parsed, with_adapter), **(facts or {})},
         profile=profile,
         force=force,
@@ -271,7 +271,7 @@ def generate_factors(
     return parsed, factors if with_adapter is None else pad_rank(factors, factors.rank)
 
 
-def _lora_of(factors: LoraFactors) -> LoraConfig:
+def lora_of_sum(factors: LoraFactors) -> LoraConfig:
     """Rank and scale of a sum, whose parts may each have another convention."""
     return LoraConfig(rank=factors.rank, alpha=factors.scale * factors.rank)
 

@@ -20,6 +20,7 @@ from hl_scale.base import read_task_adapter
 from hl_scale.config import LoraConfig
 from hl_scale.lora import SummedFactors
 from hl_scale.serving import generate_adapter, merge_adapter, validate_adapter
+from hl_scale.serving.batch import Request, RequestError, generate_adapters
 from hl_scale.serving.engines import check_engines
 from hl_scale.serving.export import generate_factors
 from hl_scale.serving.gguf_adapter import gguf_tensors
@@ -142,6 +143,28 @@ def test_a_sum_names_both_of_its_parts(compose, tmp_path):
         assert file.metadata()["task_adapter_fingerprint"] == task.fingerprint
     card = (directory / "README.md").read_text()
     assert "# Adapter for Nigerian English, with task" in card and "the trained adapter task was added" in card
+
+
+@pytest.mark.parametrize("profile", ["plain", "portable"])
+def test_each_sum_of_many_is_the_one_generated_alone_and_kept_the_next_time(compose, tmp_path, profile):
+    run, task, _ = compose()
+    dialects = ("Nigerian English", "Indian English")
+    requests = [Request(name[:6].lower(), run.conditions.parse(f"dialect:{name}")) for name in dialects]
+    made = generate_adapters(run, requests, tmp_path / "many", profile=profile, with_adapter=task, progress=False)
+    assert made.written == ("nigeri", "indian")
+    for request, dialect in zip(requests, dialects, strict=True):
+        one, of_many = tmp_path / request.name, tmp_path / "many" / request.name
+        generate_adapter(run, f"dialect:{dialect}", one, profile=profile, with_adapter=task)
+        for name in ("adapter_config.json", "hl_provenance.json"):
+            alone, found = (json.loads((directory / name).read_text()) for directory in (one, of_many))
+            assert {**alone, "created": 0, "files": 0} == {**found, "created": 0, "files": 0}
+        expected, tensors = (load_file(directory / "adapter_model.safetensors") for directory in (one, of_many))
+        assert expected.keys() == tensors.keys()
+        assert all(torch.allclose(tensors[key], value, rtol=1e-5, atol=1e-6) for key, value in expected.items())
+    again = generate_adapters(run, requests, tmp_path / "many", profile=profile, with_adapter=task, progress=False)
+    assert (again.written, again.kept) == ((), made.written)
+    with pytest.raises(RequestError, match=r"it differs in .*task_adapter"):
+        generate_adapters(run, requests, tmp_path / "many", profile=profile, progress=False)
 
 
 def test_an_adapter_alone_says_nothing_of_a_task_adapter(make_run, tmp_path):
