@@ -19,11 +19,11 @@ from hl_scale.engine.loop import Hooks, train
 
 def main() -> None:
     answers: dict[str, list] = {}
-    for name, path in json.loads(Path(sys.argv[2]).read_text()).items():
+    for name, path in json.loads(Path(sys.argv[-2]).read_text()).items():
         seen = answers[name] = []
         train(load_config(path), hooks=Hooks(on_step=lambda *_, seen=seen: bool(seen.append(zero3.communication()))))
         if os.environ["RANK"] == "0":
-            Path(sys.argv[3]).write_text(json.dumps(answers))
+            Path(sys.argv[-1]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":
