@@ -5,6 +5,7 @@ Arguments: a JSON file {name: configuration file}, and the file for rank 0's ans
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ def main() -> None:
     for name, path in json.loads(Path(sys.argv[-2]).read_text()).items():
         seen = answers[name] = []
         train(load_config(path), hooks=Hooks(on_step=lambda *_, seen=seen: bool(seen.append(zero3.communication()))))
+        gc.freeze()  # DeepSpeed calls the garbage collector several times in each training
         if os.environ["RANK"] == "0":
             Path(sys.argv[-1]).write_text(json.dumps(answers))
 
