@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ TEXT = (
     "the old man said that she was not sure whether this film is any good and they have been working here since last "
     "summer because nobody asked them to leave before it rained again on their garden"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Modules live as long as the tests: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _sentences(count: int, seed: int) -> list[list[str]]:
@@ -261,6 +270,45 @@ def launch(
 
 
 @pytest.fixture(scope="session")
+def rank_server(process_environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "rank_server.py")], cwd=ROOT, env=process_environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    yield process
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def on_ranks(
+    rank_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """on_ranks(script, *arguments, ranks=2, **environment) -> as `launch`, without a launcher and the ranks' imports.
+
+    stdout and stderr are those of all ranks, one after the other.
+    """
+
+    def run(script: Path, *arguments: str, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+        output = tmp_path_factory.mktemp("ranks")
+        request = {
+            "script": str(script), "arguments": arguments, "ranks": ranks, "environment": environment,
+            "output": str(output),
+        }  # fmt: skip
+        rank_server.stdin.write(json.dumps(request) + "\n")
+        rank_server.stdin.flush()
+        if not select.select([rank_server.stdout], [], [], LAUNCH_TIMEOUT)[0]:
+            os.killpg(rank_server.pid, signal.SIGKILL)  # the server and its ranks
+            raise TimeoutError(f"{script} still ran after {LAUNCH_TIMEOUT} s")
+        status = int(rank_server.stdout.readline())
+        said = ["".join(path.read_text() for path in sorted(output.glob(f"*.{kind}"))) for kind in ("out", "err")]
+        return subprocess.CompletedProcess([str(script), *arguments], status, *said)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def losses_of() -> Callable[[Path], list[float]]:
     """losses_of(run directory) -> the losses in metrics.jsonl, which must hold steps 1, 2, 3, ... once each."""
 
@@ -290,7 +338,15 @@ def deepspeed_run(
 
 @pytest.fixture(scope="module")
 def single_process() -> Iterator[None]:
-    """Lets tests call `train` in this process: the variables its process group sets are taken back afterwards."""
+    """Lets tests call `train` in this process: the variables its process group sets are taken back afterwards.
+
+    DeepSpeed calls the garbage collector several times in each training; modules need not be looked at each time.
+    """
+    import deepspeed  # noqa: F401
+    from transformers import Gemma3ForCausalLM  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
     before = dict(os.environ)
     yield
     for name in _RENDEZVOUS:

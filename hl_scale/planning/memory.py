@@ -21,7 +21,6 @@ from torch import Tensor
 
 from hl_scale.base import QuantizedLinear
 from hl_scale.base.loading import local_directory
-from hl_scale.base.quantized_linear import SharedInput
 from hl_scale.base.random_weights import is_random
 from hl_scale.config import Config
 from hl_scale.data.sampling import plan_batches
@@ -29,6 +28,7 @@ from hl_scale.engine.checkpoint_writer import random_states
 from hl_scale.engine.memory import LARGE_BLOCK, LARGEST_KEPT
 from hl_scale.kernels import quantize_nf4
 from hl_scale.planning import tracing
+from hl_scale.planning.gathering import Gathering, num_bytes
 from hl_scale.planning.jobs import Job
 from hl_scale.planning.phases import (
     BUCKETS,
@@ -52,7 +52,6 @@ from hl_scale.planning.phases import (
 )
 from hl_scale.planning.preparation import Preparation, tensor_sizes
 from hl_scale.planning.process import process_baseline
-from hl_scale.planning.wire import most_gathered
 
 CUDA_RESERVE = 1 << 30
 """Bytes of a GPU that are not tensors: context, cuBLAS and NCCL buffers. Assumed."""
@@ -149,8 +148,7 @@ class _Model:
         self.packed = [layer.packed for layer in self.layers]
         self.trained = list(self.hypernetwork.parameters())
         self.partitioned = self.job.partitioned
-        # gloo gathers into a buffer of its own first, NCCL in place.
-        self.copies = 1 if self.world_size == 1 else 2 if self.on_cpu else 1
+        self.gathering = Gathering(self.job, self.world_size, self.on_cpu, self._passes)
 
     @lru_cache  # noqa: B019 - as long as the plan is made
     def phases(self, samples: int, tokens: int) -> tuple[Phase, ...]:
@@ -160,7 +158,7 @@ class _Model:
     def _all_phases(self, samples: int, tokens: int) -> Iterable[Phase]:
         traced = self._traced(samples, tokens)
         whole, held = self._loaded(), self._held(tokens)
-        in_heap = traced.heap + self._reused if self.on_cpu else 0
+        in_heap = traced.heap + self.gathering.reused if self.on_cpu else 0
         kept = round((1 + GAPS) * max(in_heap, self._heap_of_shorter(samples, tokens)))
         gaps, freed = kept - in_heap, {FREED: kept}
         moved = 0 if self.on_cpu else self.job.moved_to_host(samples, tokens)
@@ -171,21 +169,21 @@ class _Model:
         yield Phase(name, {**whole, **preparing, **run})
         yield Phase("partition", {**whole, **self._partitioning()})
         before = freed if self._passes > 1 else {}
-        heads = self._heads_gathered
+        heads = self.gathering.heads
         room = sum(traced.generated.values()) + heads["forward"]  # of which what earlier passes left is taken first
         left = {FREED: max(before.get(FREED, 0) - room, 0)}
         yield Phase("generate", {**held, **left, **traced.generated, GATHERED: heads["forward"]})
-        yield Phase("embed", {**held, **before, GATHERED: self._embedding_gathered})
-        gathered = {part: self._gathered + (heads[part] if self._per_block else 0) for part in heads}
+        yield Phase("embed", {**held, **before, GATHERED: self.gathering.embedding})
+        gathered = {part: self.gathering.layers + (heads[part] if self.gathering.per_block else 0) for part in heads}
         yield Phase("forward", {**held, **traced.forward, **at_work, GATHERED: gathered["forward"], FREED: gaps})
         between: dict[str, int] = {**traced.loss, tracing.ACTIVATIONS: traced.loss.get(tracing.ACTIVATIONS, 0) - moved}
         between[OBJECTIVE] = between.get(OBJECTIVE, 0) + self._objective(samples, tokens)
-        head = self._output_gathered if self.job.loss is not None else 0
-        yield Phase("loss", {**held, **between, GATHERED: self._reused + head, FREED: gaps})
+        head = self.gathering.output if self.job.loss is not None else 0
+        yield Phase("loss", {**held, **between, GATHERED: self.gathering.reused + head, FREED: gaps})
         backward = {**traced.backward, tracing.ACTIVATIONS: traced.backward.get(tracing.ACTIVATIONS, 0) - moved}
         yield Phase("backward", {**held, **backward, **at_work, GATHERED: gathered["backward"], FREED: gaps})
-        reduced = self._bucket + self.copies * self._waiting
-        again = 0 if self._reused else self._head_gathered
+        reduced = self._bucket + self.gathering.copies * self._waiting
+        again = 0 if self.gathering.reused else self.gathering.largest_head
         reducing = {BUCKETS: reduced, GATHERED: again, tracing.GRADIENTS: traced.reducing}
         yield Phase("reduce", {**held, **freed, **reducing})
         stepped = {**held, **freed, BUCKETS: self._bucket, MOMENTS: 2 * self._optimizer}
@@ -203,7 +201,7 @@ class _Model:
         length = (LARGE_BLOCK - 1) // (samples * self.base.hidden_size * self.item)
         if not (self.on_cpu and self.partitioned and 0 < length < tokens):
             return 0
-        return self._traced(samples, length).heap + self._reused
+        return self._traced(samples, length).heap + self.gathering.reused
 
     @lru_cache  # noqa: B019
     def _traced_with(self, samples: int, tokens: int, real: int) -> tracing.PassMemory:
@@ -222,18 +220,18 @@ class _Model:
 
     @property
     def checkpoint(self) -> int:
-        return (3 * 4 * self._part + _bytes(random_states().values())) * self.world_size
+        return (3 * 4 * self._part + num_bytes(random_states().values())) * self.world_size
 
     def _loaded(self) -> dict[str, int]:
         """The base before ZeRO-3 takes it over: each rank holds all of it."""
-        other = _bytes([*self._others, *self._buffers])
-        return {PROCESS: self._process, PACKED: _bytes(self.packed), CONSTANTS: self._constants, OTHER: other}
+        other = num_bytes([*self._others, *self._buffers])
+        return {PROCESS: self._process, PACKED: num_bytes(self.packed), CONSTANTS: self._constants, OTHER: other}
 
     def _held(self, tokens: int) -> dict[str, int]:
         """What stays from step to step; what the first step brings is there before it where there are more."""
         sizes = self._loaded()
         if self.partitioned:
-            other = self._partition(self._others) + _bytes(self._buffers)
+            other = self._partition(self._others) + num_bytes(self._buffers)
             sizes |= {PACKED: self._partition(self.packed), OTHER: other}
         later = self.config.training.steps > 1
         return (
@@ -262,7 +260,7 @@ class _Model:
     def _partitioning(self) -> dict[str, int]:
         """The most that is held while parameters are cut one after the other, beyond the whole base."""
         parameters = [*self.trained, *(self.base.parameters() if self.partitioned else [])]
-        now, most = _bytes(self.trained), 4 * sum(p.numel() for p in self.trained)  # it is built in float32
+        now, most = num_bytes(self.trained), 4 * sum(p.numel() for p in self.trained)  # it is built in float32
         for parameter in parameters:
             part = -(-parameter.numel() // self.world_size) * parameter.element_size()
             most = max(most, now + part)
@@ -324,78 +322,13 @@ class _Model:
         """The buffer they wait in; on CPUs, memory that is never written is not resident."""
         return self._waiting if self.on_cpu else self.config.zero3.reduce_bucket_size * self.item
 
-    @cached_property
-    def _embedding_gathered(self) -> int:
-        return self._whole(self.base.model.get_input_embeddings().weight)
-
-    @cached_property
-    def _output_gathered(self) -> int:
-        return self._whole(self.base.output_head.weight)
-
-    def _whole(self, weight: Tensor) -> int:
-        return self.copies * _bytes([weight]) if self.partitioned and self.world_size > 1 else 0
-
-    @cached_property
-    def _heads_gathered(self) -> dict[str, int]:
-        """The most of the hypernetwork that is gathered at once in either pass; a copy of it on the way."""
-        if self.world_size == 1:
-            return {"forward": 0, "backward": 0}
-        most = most_gathered(self.job, self.world_size)
-        return {part: size + (self.copies - 1) * max(map(_bytes, zip(self.trained))) for part, size in most.items()}
-
-    @property
-    def _per_block(self) -> bool:
-        return self.config.hypernetwork.generate_per_block
-
     @property
     def _prepared_by_base(self) -> bool:
         """Whether the base runs before training, and leaves room for a dequantised weight behind."""
         return tracing.ACTIVATIONS in self.preparation.phase(1)[1]
-
-    @cached_property
-    def _head_gathered(self) -> int:
-        return self.copies * max(_bytes([p]) for p in self.trained) if self.world_size > 1 else 0
-
-    @cached_property
-    def _gathered(self) -> int:
-        """Layers that are computed together, what is fetched ahead (from the second pass on), and what is reused."""
-        if self.world_size == 1:
-            return 0
-        together = [_bytes(layer.get_parameter("packed") for layer in shared.layers) for shared in self._shared]
-        alone = [_bytes([packed]) for packed in self.packed]
-        if self.config.base.mlp_tile_tokens is not None:  # all tiles of an MLP share one gathering
-            together += [
-                _bytes(layer.packed for layer in mlp.layers if isinstance(layer, QuantizedLinear))
-                for mlp in self.base.tiled_mlps
-            ]
-        now = max([*together, *alone], default=0) if self.partitioned else 0
-        ahead = self.config.zero3.prefetch_bucket_size if self.partitioned and self._passes > 1 else 0
-        return self.copies * now + min(ahead, _bytes(self.packed)) + self._reused
-
-    @cached_property
-    def _reused(self) -> int:
-        """Gathered weights that stay from forward to backward: the last of the forward pass, up to the distance."""
-        if self.world_size == 1 or self._passes == 1:
-            return 0
-        left, total = self.config.zero3.maximum_reuse_distance, 0
-        trained = [] if self._per_block else reversed(self.trained)  # heads that blocks call are counted with them
-        for parameter in [*(reversed(self.packed) if self.partitioned else []), *trained]:
-            if left < parameter.numel():
-                break
-            left -= parameter.numel()
-            total += _bytes([parameter])
-        return total
-
-    @property
-    def _shared(self) -> list[SharedInput]:
-        return [s for s in self.base.shared_inputs if all(isinstance(layer, QuantizedLinear) for layer in s.layers)]
 
     @property
     def _passes(self) -> int:
         training = self.config.training
         batch = plan_batches(training.global_batch_size, training.micro_batch_size, self.world_size)
         return training.steps * batch.accumulation
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -35,6 +35,7 @@ from hl_scale.config import LoraConfig
 from hl_scale.data.peft_directory import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from hl_scale.hypernetwork.fingerprint import weights_fingerprint
 from hl_scale.lora import LoraFactors, Slot, lora_scale
+from hl_scale.serving.cards import adapter_card
 from hl_scale.serving.engines import portable_rank
 from hl_scale.serving.shards import TensorSource, write_safetensors
 from hl_scale.serving.staging import check_replaceable, staged_directory
@@ -216,7 +217,7 @@ def write_adapter_files(
     facts = {**facts, "files": {WEIGHTS_FILE: {"sha256": digest}}}
     write_json(directory / CONFIG_FILE, config)
     write_json(directory / PROVENANCE_FILE, facts)
-    (directory / "README.md").write_text(_adapter_card(config, facts), encoding="utf-8")
+    (directory / "README.md").write_text(adapter_card(config, facts), encoding="utf-8")
 
 
 def scale_facts(lora: LoraConfig, scale: float, profile: Profile = "plain") -> dict[str, Any]:
@@ -353,54 +354,3 @@ def _peft_scale(lora: LoraConfig, rank: int, profile: Profile) -> dict[str, Any]
     plain = profile == "portable" or lora.scale_convention == "one"
     alpha = lora_scale(lora.scale_convention, lora.alpha, lora.rank) * rank if plain else lora.alpha
     return {"lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "use_rslora": stabilised}
-
-
-def _adapter_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
-    quantization = facts.get("base_quantization", "none")
-    held = "" if quantization == "none" else f" with its linear layers held in {quantization}"
-    auto = "AutoModelForCausalLM" if config["task_type"] == "CAUSAL_LM" else "AutoModel"
-    origin = (
-        "that an hl_scale hypernetwork generated from a condition, in one forward pass.\nThe hypernetwork was trained"
-    )
-    if facts.get("hypernetwork") == "plain_lora":
-        origin = "for all conditions alike, trained by hl_scale"
-    if "shared_basis_rank" in facts:
-        origin = (
-            f"restored from bases of rank {facts['shared_basis_rank']} that it shared with "
-            f"{facts['shared_basis_adapters'] - 1} others (relative error of\nits updates "
-            f"{facts['shared_basis_error']:.2g}); the original was trained"
-        )
-    elif "task" in facts:
-        origin = f"for the task {facts['task']} alone, trained by hl_scale"
-    added = facts.get("task_adapter")
-    title = facts.get("condition", "one condition")
-    sum_of_both = "" if added is None else f"\nTo it the trained adapter {added} was added, in the same layers."
-    return f"""---
-library_name: peft
-base_model: {json.dumps(base)}
-tags: [lora, hypernetwork, hl_scale]
----
-
-# Adapter for {title if added is None else f"{title}, with {added}"}
-
-A LoRA adapter (rank {config["r"]}, scale {facts["scale"]:g}) {origin}
-on the base below{held}; on weights in another precision the adapter's effect differs a
-little.{sum_of_both}
-
-```python
-from peft import PeftModel
-from transformers import {auto}
-
-model = {auto}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, "THIS DIRECTORY")
-```
-
-{facts_table(facts)}
-"""
-
-
-def facts_table(facts: Mapping[str, Any]) -> str:
-    """The scalar facts of a provenance record as a Markdown table."""
-    rows = [f"| {key} | {value} |" for key, value in facts.items() if not isinstance(value, dict | list)]
-    return "\n".join(["| fact | value |", "| --- | --- |", *rows])

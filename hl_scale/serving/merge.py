@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.lora import LoraFactors
-from hl_scale.serving.export import ExportError, facts_table, generate_factors, run_provenance, write_json
+from hl_scale.serving.cards import facts_table
+from hl_scale.serving.export import ExportError, generate_factors, run_provenance, write_json
 from hl_scale.serving.original import (
     LayerDifference,
     Read,

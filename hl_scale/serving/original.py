@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from hl_scale.base import AdaptedModel, load_base
-from hl_scale.base.loading import empty_model, locate_tensors, model_config, resolve_model
+from hl_scale.base.loading import empty_model, model_config, resolve_model
+from hl_scale.base.weight_files import locate_tensors
 from hl_scale.config import BaseModelConfig, Config
 from hl_scale.lora_algebra import delta_inner
 

@@ -1,10 +1,9 @@
-"""One dialect engine and one local Ray for all data tests: both take seconds to start."""
+"""One dialect engine for all data tests: it takes seconds to start."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,18 +30,6 @@ SENTENCES = (
 @pytest.fixture(scope="session")
 def engine() -> DialectEngine:
     return DialectEngine()
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    import ray
-
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-        object_store_memory=128 * 2**20,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

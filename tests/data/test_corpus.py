@@ -62,7 +62,6 @@ def shard_hashes(directory: str | Path) -> dict[str, str]:
     return {path.name: hash_file(path) for path in Path(directory).glob("*.parquet")}
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_two_ray_workers_write_the_same_bytes_as_one_process(
     data_config: Build, tmp_path, in_process, monkeypatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Claims about several ranks, checked on real processes: one launch of `two_rank_scenarios.py` serves most of them."""
+"""Claims about several ranks, checked on real processes: one run of `two_rank_scenarios.py` serves most of them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ WITHOUT_PENALTY = {"objective": {"kind": "supervised", "label_smoothing": 0.1, "
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_config, tiny_tasks, write_yaml, launch, write_tiny_corpus, tmp_path_factory, process_environment):
+def ranks(tiny_config, tiny_tasks, write_yaml, on_ranks, write_tiny_corpus, tmp_path_factory):
     """What both ranks said about every scenario, and where the runs are."""
     root = tmp_path_factory.mktemp("two-ranks")
-    process_environment["OTHER_DIRECTORY"] = str(root / "elsewhere")
     fresh = str(write_tiny_corpus(root / "fresh-corpus"))
     stop = {"training.maximum_consecutive_skips": 3, "training.steps": 20}
     plans = {
@@ -98,7 +97,8 @@ def ranks(tiny_config, tiny_tasks, write_yaml, launch, write_tiny_corpus, tmp_pa
     (root / "scenarios.json").write_text(json.dumps(scenarios))
     script = Path(__file__).with_name("two_rank_scenarios.py")
     buffers = set(Path("/dev/shm").glob("deepspeed_*"))
-    done = launch(script, str(root / "scenarios.json"), str(root))
+    elsewhere = {"OTHER_DIRECTORY": str(root / "elsewhere")}
+    done = on_ranks(script, str(root / "scenarios.json"), str(root), **elsewhere)
     left = sorted(set(Path("/dev/shm").glob("deepspeed_*")) - buffers)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-14000:]
     answers = [json.loads((root / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
@@ -312,14 +312,14 @@ def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, 
 
 
 def test_three_ranks_go_on_from_two_with_shares_that_are_not_equal(
-    tiny_config, write_yaml, launch, deepspeed_run, losses_of, tmp_path
+    tiny_config, write_yaml, on_ranks, deepspeed_run, losses_of, tmp_path
 ):
     """8 pairs on 3 ranks: 3, 3 and 2, in passes of at most 2: 2 + 1, 2 + 1 and 1 + 1."""
     directory = tmp_path / "run"
     shutil.copytree(deepspeed_run / "checkpoints" / "step-000002", directory / "checkpoints" / "step-000002")
     shutil.copy(deepspeed_run / "metrics.jsonl", directory / "metrics.jsonl")
     config = write_yaml(tiny_config(directory, {"training.micro_batch_size": 2}), tmp_path / "config.yaml")
-    done = launch(ROOT / "launch" / "train.py", "--config", str(config), ranks=3)
+    done = on_ranks(ROOT / "launch" / "train.py", "--config", str(config), ranks=3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert close(losses_of(directory), losses_of(deepspeed_run))
     last, other = (checkpoint.newest(path / "checkpoints")[0] for path in (directory, deepspeed_run))

@@ -9,6 +9,7 @@ another corpus folder, `other_settings` gives it another learning rate, `other_d
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -179,7 +180,10 @@ def run(scenario: dict, out: Path) -> dict:
 def main() -> None:
     targets.TEXTS_PER_CHUNK = 5
     scenarios, out = json.loads(Path(sys.argv[-2]).read_text()), Path(sys.argv[-1])
-    answers = {scenario["name"]: run(scenario, out) for scenario in scenarios}
+    answers = {}
+    for scenario in scenarios:
+        answers[scenario["name"]] = run(scenario, out)
+        gc.freeze()  # DeepSpeed calls the garbage collector several times in each training
     (out / f"rank-{RANK}.json").write_text(json.dumps(answers))
 
 

@@ -5,6 +5,7 @@ Arguments: a JSON file {name: configuration file}, and the file for rank 0's ans
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -19,11 +20,12 @@ from hl_scale.engine.loop import Hooks, train
 
 def main() -> None:
     answers: dict[str, list] = {}
-    for name, path in json.loads(Path(sys.argv[2]).read_text()).items():
+    for name, path in json.loads(Path(sys.argv[-2]).read_text()).items():
         seen = answers[name] = []
         train(load_config(path), hooks=Hooks(on_step=lambda *_, seen=seen: bool(seen.append(zero3.communication()))))
+        gc.freeze()  # DeepSpeed calls the garbage collector several times in each training
         if os.environ["RANK"] == "0":
-            Path(sys.argv[3]).write_text(json.dumps(answers))
+            Path(sys.argv[-1]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

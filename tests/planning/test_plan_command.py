@@ -10,10 +10,16 @@ import pytest
 from hl_scale import cli
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Directory of the run that is planned: one for all tests, so that its process is measured once."""
+    return tmp_path_factory.mktemp("plan") / "run"
+
+
 @pytest.fixture
-def plan(tiny_config, write_yaml, tmp_path, monkeypatch, capsys):
+def plan(tiny_config, write_yaml, run, tmp_path, monkeypatch, capsys):
     """plan(*arguments) -> exit status, stdout and stderr of `hl-scale plan` on the tiny run."""
-    path = write_yaml(tiny_config(tmp_path / "run", {"data.maximum_tokens": 16}), tmp_path / "config.yaml")
+    path = write_yaml(tiny_config(run, {"data.maximum_tokens": 16}), tmp_path / "config.yaml")
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["hl-scale", "plan", str(path), *arguments])
@@ -25,12 +31,12 @@ def plan(tiny_config, write_yaml, tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_it_prints_components_phases_and_the_peak(plan, tmp_path):
+def test_it_prints_components_phases_and_the_peak(plan, run):
     status, out, _ = plan("--world-size", "2")
     assert status == 0
     for word in ("packed base", "block constants", "Adam moments", "backward", "step", "peak per rank: ", "checkpoint"):
         assert word in out
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 def test_overrides_come_after_the_file(plan):

@@ -38,7 +38,7 @@ TASKS = {"answers of tasks"}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def logged(request, tiny_config, tiny_tasks, write_yaml, launch, tmp_path_factory):
+def logged(request, tiny_config, tiny_tasks, write_yaml, on_ranks, tmp_path_factory):
     """ranks, configurations, and what DeepSpeed's collectives had sent after each step of each."""
     root, ranks = tmp_path_factory.mktemp("wire"), request.param
     configs = {
@@ -57,7 +57,7 @@ def logged(request, tiny_config, tiny_tasks, write_yaml, launch, tmp_path_factor
     paths = {name: str(write_yaml(config, root / f"{name}.yaml")) for name, config in configs.items()}
     (root / "scenarios.json").write_text(json.dumps(paths))
     script = Path(__file__).with_name("communication_scenarios.py")
-    done = launch(script, str(root / "scenarios.json"), str(root / "answer.json"), ranks=ranks)
+    done = on_ranks(script, str(root / "scenarios.json"), str(root / "answer.json"), ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return ranks, configs, json.loads((root / "answer.json").read_text())
 

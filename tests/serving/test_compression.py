@@ -248,7 +248,7 @@ def test_the_commands_report_errors_sizes_and_divergence(run, adapters, tmp_path
         assert caught.value.code == 0
         return capsys.readouterr().out
 
-    monkeypatch.setattr(cli, "_load", lambda *arguments: run)
+    monkeypatch.setattr("hl_scale.cli.adapters.open_run", lambda *arguments: run)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     small = tmp_path / "small"
     said = call("compress", adapters, "--out", small, "--rank", 6, "--run", "run", "--texts", tmp_path / "texts.txt")
