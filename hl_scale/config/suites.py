@@ -79,8 +79,11 @@ class CoverageConfig(Section):
 
     overrides: tuple[str, ...] = ()
     """Further changes of the recipe, for example training on a few named varieties."""
+    varieties: Literal["all", "labelled"] = "all"
+    """`all`: every variety of eWAVE, in labelled sets of their own beside the suite's (`DIRECTORY-all-varieties`);
+    `labelled`: those that the suite's sets have."""
     labelled_overrides: tuple[str, ...] = ()
-    """Further changes of the labelled sets, for example all varieties and fewer sentences."""
+    """Further changes of the labelled sets, for example fewer sentences."""
 
 
 class LeaveOneOutConfig(Section):
