@@ -43,11 +43,14 @@ class Laboratory:
         self.recipe, self.store, self.device, self.shown = recipe, store, device, shown
         self.main = Workbench(recipe.suite, store, device)
 
-    def bench(self, overrides: Sequence[str], labelled_overrides: Sequence[str] = ()) -> Workbench:
+    def bench(
+        self, overrides: Sequence[str], labelled_overrides: Sequence[str] = (), every_variety: bool = False
+    ) -> Workbench:
         """A bench of a changed recipe; the main one if nothing changes."""
-        if not overrides and not labelled_overrides:
+        if not overrides and not labelled_overrides and not every_variety:
             return self.main
-        return Workbench(self.recipe.suite, self.store, self.device, overrides, labelled_overrides, like=self.main)
+        suite, device = self.recipe.suite, self.device
+        return Workbench(suite, self.store, device, overrides, labelled_overrides, self.main, every_variety)
 
     def rows(self, requests: Sequence[Request], evaluated: Sequence[str]) -> list[Row]:
         return carry_out(requests, evaluated, self.shown)
@@ -117,9 +120,9 @@ def annotation_curve(lab: Laboratory) -> Experiment:
 def coverage(lab: Laboratory) -> Experiment:
     """What a dialect gains, by the share of its features that training has seen."""
     settings = lab.recipe.coverage
-    bench = lab.bench(settings.overrides, settings.labelled_overrides)
+    bench = lab.bench(settings.overrides, settings.labelled_overrides, settings.varieties == "all")
     bench.train()
-    # The suite's dialects are those of the other experiments; here all of a set's count.
+    # suite.dialects are those of the other experiments; here all of a set's count.
     varieties = [name for name in bench.tasks[0].data.varieties]
     rows = lab.rows(wanted(bench, [NONE, OWN], varieties), varieties)
     shares = {name: bench.methods.conditions.coverage(typology.vector(name)) for name in varieties}

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.conditions import typology
-from hl_scale.config import Config, LoraConfig, RunConfig, load_config, load_labelled_config
+from hl_scale.config import Config, LabelledConfig, LoraConfig, RunConfig, load_config, load_labelled_config
 from hl_scale.config.suites import SuiteConfig
 from hl_scale.data.corpus import Corpus, load_corpus, prepare_corpus
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
@@ -70,6 +70,7 @@ class Workbench:
         device: where the base is.
         overrides, labelled_overrides: changes beyond those of the suite.
         like: another bench of the suite: its task adapters are used, and its base where that is the same.
+        every_variety: labelled sets in all varieties of eWAVE, in directories of their own.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Workbench:
         overrides: Sequence[str] = (),
         labelled_overrides: Sequence[str] = (),
         like: Workbench | None = None,
+        every_variety: bool = False,
     ) -> None:
         self.suite, self.store, self.device = suite, store, device
         self.configs = _configs(suite, overrides)
@@ -88,7 +90,10 @@ class Workbench:
         self.base = _base(first, device, like)
         self.task_lora: LoraConfig = first.lora if like is None else like.task_lora
         changes = [*suite.labelled_overrides, *labelled_overrides]
-        self.tasks = [open_task(load_labelled_config(path, changes), self.corpus.directory) for path in suite.labelled]
+        labelled = [load_labelled_config(path, changes) for path in suite.labelled]
+        if every_variety:
+            labelled = [_in_every_variety(settings) for settings in labelled]
+        self.tasks = [open_task(settings, self.corpus.directory) for settings in labelled]
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise EvaluationError(f"suite.labelled names a task twice: {', '.join(names)}\n  fix: keep one of them")
@@ -212,6 +217,12 @@ def _configs(suite: SuiteConfig, overrides: Sequence[str]) -> dict[int, Config]:
         seed: config.model_copy(update={"run": RunConfig(directory=config.run.directory, seed=seed)})
         for seed in suite.seeds
     }
+
+
+def _in_every_variety(settings: LabelledConfig) -> LabelledConfig:
+    data = settings.labelled
+    changes = {"directory": f"{data.directory}-all-varieties", "varieties": typology.varieties()}
+    return settings.model_copy(update={"labelled": data.model_copy(update=changes)})
 
 
 def _base(config: Config, device: str, like: Workbench | None) -> AdaptedModel:

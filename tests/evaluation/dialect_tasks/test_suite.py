@@ -81,6 +81,7 @@ def recipe(labelled, tiny_config, single_process, tmp_path_factory) -> Path:
             "runs": [str(directory / "run")], "labelled": [str(labelled)], "methods": ALL, "bootstrap_samples": 200,
         },
         "annotations": {"counts": [2, 12]},
+        "coverage": {"varieties": "labelled"},
     }  # fmt: skip
     path = directory / "suite.yaml"
     path.write_text(yaml.safe_dump(tree))
