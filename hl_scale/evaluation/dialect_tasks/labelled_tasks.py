@@ -160,7 +160,7 @@ def predict(
     """
     examples = fitted.task.data.examples("test", variety)
     settings = fitted.task.settings.task_adapter
-    condition = None if added.condition is None else added.condition.tolist()
+    condition = None if added.condition is None else content_hash(added.condition.tolist())
     key = {
         "kind": "measurement",
         "base": base.fingerprint,
