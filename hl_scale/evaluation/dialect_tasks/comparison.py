@@ -100,8 +100,8 @@ class TaskTable:
         """Points lost to dialect, points that the own adapters regain, and the same against the best baseline.
 
         In varieties that no training has seen. Lost: accuracy on the Standard English originals less that on the
-        dialect, under the task adapter alone. The best baseline is the one with the highest mean on these very
-        sentences, which favours it.
+        dialect, under the task adapter alone; the share that is regained is None unless that is clear of 0. The best
+        baseline is the one with the highest mean on these very sentences, which favours it.
         """
         names = [name for name in self.varieties(own) if not self.seen(own, name)]
         if not names or (NONE, typology.STANDARD) not in self.rows:
@@ -116,19 +116,15 @@ class TaskTable:
             "varieties": names,
             "lost": lost.to_dict(),
             "regained": regained.to_dict(),
-            "share": self._share(ours, bare, original),
+            "share": self._share(ours, bare, original) if lost.low > 0 else None,
             "best_baseline": best,
             "over_best": None if best is None else difference(self.bootstrap, ours, self.of(best, names)).to_dict(),
         }
 
-    def _share(
-        self, ours: Sequence[Scores], bare: Sequence[Scores], original: Sequence[Scores]
-    ) -> dict[str, Any] | None:
-        """Regained over lost, all sentences of all varieties together; None unless something is lost."""
+    def _share(self, ours: Sequence[Scores], bare: Sequence[Scores], original: Sequence[Scores]) -> dict[str, Any]:
+        """Regained over lost, all sentences of all varieties together."""
         gain = np.concatenate([a.at(b.rows).mean - b.mean for a, b in zip(ours, bare, strict=True)])
         loss = np.concatenate([a.mean - b.mean for a, b in zip(original, bare, strict=True)])
-        if loss.mean() <= 0:
-            return None
         return self.bootstrap.ratio(gain, loss, np.concatenate([part.rows for part in bare])).to_dict()
 
 

@@ -86,6 +86,11 @@ class Workbench:
         self.suite, self.store, self.device = suite, store, device
         self.configs = _configs(suite, overrides)
         first = self.configs[suite.seeds[0]]
+        if first.lora.task_adapter is not None:
+            raise EvaluationError(
+                "these hypernetworks were trained on top of a task adapter, which the suite's own would replace\n"
+                "  fix: train them without lora.task_adapter"
+            )
         self.corpus = self._corpus(first)
         self.base = _base(first, device, like)
         self.task_lora: LoraConfig = first.lora if like is None else like.task_lora

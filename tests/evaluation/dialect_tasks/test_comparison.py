@@ -69,9 +69,20 @@ def test_points_lost_and_regained_are_of_the_same_sentences(table) -> None:
     regained = ((4 / 6 - 2 / 6) + (4 / 5 - 3 / 5)) / 2
     assert headline["lost"]["value"] == pytest.approx(lost)
     assert headline["regained"]["value"] == pytest.approx(regained)
-    assert headline["share"]["value"] == pytest.approx((2 + 1) / (3 + 1))
     assert headline["best_baseline"] == "prefix"  # 0 and 1 against 2/6 and 3/5
     assert headline["over_best"]["value"] == pytest.approx((4 / 6 - 0 + 4 / 5 - 1) / 2)
+
+
+def test_the_share_regained_is_of_all_sentences_together_and_told_only_where_something_is_lost(table) -> None:
+    assert table.headline()["lost"]["low"] <= 0 and table.headline()["share"] is None
+    rows = []
+    for r in ROWS:  # ten times as many sentences
+        m = r.measurement
+        ids = [100 * n + i for n in range(10) for i in m.example_ids]
+        rows.append(row(r.method, r.variety, [*m.correct] * 10, ids=ids))
+    headline = TaskTable(rows, samples=200, seed=0).headline()
+    assert headline["lost"]["low"] > 0 and headline["share"]["value"] == pytest.approx((2 + 1) / (3 + 1))
+    assert headline["share"]["low"] < (2 + 1) / (3 + 1) < headline["share"]["high"]
 
 
 def test_dialects_that_training_has_seen_are_not_in_the_headline() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ import yaml
 from typer.testing import CliRunner
 
 from hl_scale.cli import app
-from hl_scale.config import ConfigError, load_labelled_config, load_suite
+from hl_scale.conditions import typology
+from hl_scale.config import ConfigError, DialectDataConfig, load_labelled_config, load_suite
 from hl_scale.data import labelled_preparation
-from hl_scale.data.corpus import load_corpus
-from hl_scale.evaluation.dialect_tasks import run_suite
+from hl_scale.data.corpus import PreparedCorpus, load_corpus
+from hl_scale.evaluation.dialect_tasks import run_suite, workbench
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED, Methods
 from hl_scale.evaluation.labelled import load_measurement
@@ -226,6 +228,76 @@ def test_a_hypernetwork_is_trained_in_its_cell_and_goes_on_where_it_was_cut_off(
     read = CellStore(tmp_path / "cells")
     Methods({3: config}, base, corpus, read).run(3)
     assert read.made == []
+
+
+@pytest.fixture
+def recipe_to_train(
+    labelled, tiny_config, write_tiny_corpus, write_yaml, single_process, tmp_path, monkeypatch
+) -> Path:
+    """Of a suite that trains its hypernetworks, on tiny corpora instead of those of the rule engine."""
+
+    def prepare(data: DialectDataConfig) -> PreparedCorpus:
+        directory = Path(data.directory)
+        names = data.training_varieties
+
+        def name_them(rows: list[dict[str, Any]]) -> None:
+            for number, row in enumerate(rows):
+                if names and row["variety"] == "virtual":
+                    row["variety"] = names[number % len(names)]
+                    row["vector"] = typology.vector(row["variety"]).tolist()
+
+        if not directory.exists():
+            write_tiny_corpus(directory, name_them)
+            path = directory / "manifest.json"
+            path.write_text(path.read_text().replace("c" * 64, hashlib.sha256(repr(names).encode()).hexdigest()))
+        return PreparedCorpus(directory, load_corpus(directory).manifest, reused=False)
+
+    monkeypatch.setattr(workbench, "prepare_corpus", prepare)
+    config = tiny_config(tmp_path / "run", {"data.directory": str(tmp_path / "corpus"), "training.steps": 3})
+    tree = {
+        "suite": {
+            "recipe": str(write_yaml(config, tmp_path / "run.yaml")), "labelled": [str(labelled)],
+            "methods": ["lora"], "bootstrap_samples": 200,
+        },
+        "ablations": {"variants": {"narrow": ["hypernetwork.hidden_width=8"], "query": ["lora.target_modules=[q_proj]"]}},
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "suite.yaml"
+
+
+def test_the_dialect_that_is_left_out_is_seen_by_no_method(recipe_to_train, tmp_path) -> None:
+    found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
+    rows = found.result["cells"]
+    assert {row["method"] for row in rows} == {"none", "own", "lora"} and not any(row["seen"] for row in rows)
+    runs = {row["variety"]: row["adapter"] for row in rows if row["method"] == "own"}
+    assert set(runs) == {NIGERIAN, CHICANO} and len(set(runs.values())) == 2
+    for variety, other in ((NIGERIAN, CHICANO), (CHICANO, NIGERIAN)):
+        run = yaml.safe_load((tmp_path / "out" / "cells" / runs[variety] / "config.yaml").read_text())
+        assert run["data"]["training_varieties"] == [other]
+    baselines = {row["variety"]: row["adapter"] for row in rows if row["method"] == "lora"}
+    assert len(set(baselines.values())) == 2
+    again = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
+    assert again.made == 0 and again.result["cells"] == rows
+
+
+def test_ablations_change_the_hypernetwork_alone(recipe_to_train, tmp_path) -> None:
+    found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "ablations", "cpu", shown=False)
+    rows = found.result["cells"]
+    names = [method["method"] for method in found.result["tasks"]["jsonl"]["methods"]]
+    assert names == ["none", "own", "own (narrow)", "own (query)"]
+    assert len({row["task_adapter"] for row in rows}) == 1 and len({r["adapter"] for r in rows if r["adapter"]}) == 3
+    trained = {row["variant"]: (row["carried"], row["trained"]) for row in rows if row["method"] == "own"}
+    assert trained["narrow"][0] == trained[""][0] > trained["query"][0] and trained["narrow"][1] < trained[""][1]
+
+
+def test_a_dialect_that_training_names_is_seen(recipe_to_train, tmp_path) -> None:
+    changes = f"suite.overrides=[data.mode=named,'data.training_varieties=[{NIGERIAN}]']"
+    found = run_suite(load_suite(recipe_to_train, [changes]), tmp_path / "out", "main", "cpu", shown=False)
+    task = found.result["tasks"]["jsonl"]
+    assert {(r["variety"], r["seen"]) for r in found.result["cells"] if r["method"] in ("own", "lora")} == {
+        (NIGERIAN, True), (CHICANO, False), ("Standard American English", False)
+    }  # fmt: skip
+    assert task["headline"]["varieties"] == [CHICANO] and task["headline"]["best_baseline"] == "lora"
 
 
 def test_what_cannot_be_asked_for_is_refused(recipe, out, tmp_path) -> None:
