@@ -259,7 +259,9 @@ def recipe_to_train(
             "recipe": str(write_yaml(config, tmp_path / "run.yaml")), "labelled": [str(labelled)],
             "methods": ["lora"], "bootstrap_samples": 200,
         },
-        "ablations": {"variants": {"narrow": ["hypernetwork.hidden_width=8"], "query": ["lora.target_modules=[q_proj]"]}},
+        "ablations": {
+            "variants": {"narrow": ["hypernetwork.hidden_width=8"], "query": ["lora.target_modules=[q_proj]"]},
+        },
     }  # fmt: skip
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path / "suite.yaml"
@@ -307,6 +309,14 @@ def test_what_cannot_be_asked_for_is_refused(recipe, out, tmp_path) -> None:
         run_suite(load_suite(recipe, ["suite.dialects=[Jamaican English]"]), out, "main", "cpu", shown=False)
     with pytest.raises(EvaluationError, match="trains hypernetworks of its own"):
         run_suite(load_suite(recipe), out, "leave_one_out", "cpu", shown=False)
+    for arguments, said in (
+        (["--suite", "dialect-tasks"], "needs --out"),
+        (["--suite", "dialect-tasks", "--out", "x", "--sentences", "3"], "the rest is in its recipe"),
+        (["--suite", "dialects", "--out", "x"], "--suite dialects is not one of dialect-tasks"),
+        (["--out", "x"], "go with --suite"),
+    ):
+        refused = CliRunner().invoke(app, ["evaluate", str(recipe), *arguments])
+        assert isinstance(refused.exception, ValueError) and said in str(refused.exception)
     for wrong in ("suite.recipe=a.yaml", "suite.seeds=[0, 1]", "suite.methods=[magic]", "suite.overrides=[a.b=1]"):
         with pytest.raises(ConfigError):
             load_suite(recipe, [wrong])
