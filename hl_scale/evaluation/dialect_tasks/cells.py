@@ -94,6 +94,12 @@ class CellStore:
         self.made.append(directory.name)
         return Cell(directory, key, facts)
 
+    def name_of(self, directory: Path | None) -> str | None:
+        """How rows name a directory: a cell by its name, one from elsewhere by its path."""
+        if directory is None:
+            return None
+        return directory.name if directory.parent == self.directory else str(directory)
+
     def _read(self, directory: Path, key: Mapping[str, Any]) -> Cell | None:
         """The cell if it is whole; what is damaged is removed, and a log line says why."""
         path = directory / CELL_FILE

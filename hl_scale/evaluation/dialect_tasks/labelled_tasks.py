@@ -181,7 +181,7 @@ def predict(
             base, fitted.adapter.head, examples, factors, context=context,
             batch_size=settings.evaluation_batch_size, maximum_tokens=settings.maximum_tokens,
         )  # fmt: skip
-        origin = None if added.origin is None else added.origin.name
+        origin = store.name_of(added.origin)
         found.save(directory / MEASUREMENT, variety=variety, adapter=origin, task_adapter=fitted.directory.name)
         return {**found.metrics, "adapter": origin, "task_adapter": fitted.directory.name}
 

@@ -147,11 +147,10 @@ class Workbench:
         count = "" if request.count is None else f"-{request.count}"
         name = f"{request.task.name}-{request.method}{count}-{request.variety}-seed{request.seed}"
         measured, cell = predict(fitted, self.base, added, name, request.variety, self.store)
-        pairs = added.pairs
         return Row(
             request.task.name, request.method, request.variety, request.seed, request.count, request.variant,
-            added.seen, added.carried, added.trained, pairs, cell.directory.name,
-            None if added.origin is None else added.origin.name, fitted.directory.name, measured,
+            added.seen, added.carried, added.trained, added.pairs, cell.directory.name,
+            self.store.name_of(added.origin), fitted.directory.name, measured,
         )  # fmt: skip
 
 

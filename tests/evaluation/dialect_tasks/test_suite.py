@@ -145,7 +145,7 @@ def test_own_zero_wrong_and_shuffled_vectors_give_other_predictions(losses) -> N
 
 def test_the_wrong_vector_is_that_of_the_other_dialect(recipe, out, result) -> None:
     run = {r["method"]: r["adapter"] for r in result["cells"]}
-    assert run["own"] == run["wrong"] == "run"
+    assert run["own"] == run["wrong"] == load_suite(recipe).suite.runs[0]
     cells = {}
     for r in result["cells"]:
         if r["method"] in ("own", "wrong") and r["variety"] in (NIGERIAN, CHICANO):
