@@ -164,7 +164,7 @@ def test_no_baseline_carries_more_than_the_generated_adapter(result) -> None:
     assert carried["hyper_adapter"][0] == carried["bottleneck"][0] < carried["hyper_adapter"][1]
 
 
-def test_baselines_see_as_many_pairs_as_the_hypernetwork_and_align_them_better(out, result, tiny_config) -> None:
+def test_baselines_see_as_many_pairs_in_as_many_steps_as_the_hypernetwork(out, result, tiny_config) -> None:
     training = tiny_config(out).training
     for row in result["cells"]:
         if row["method"] in TRAINED + PER_DIALECT:
