@@ -6,7 +6,9 @@ hypernetwork's own objective), TADA, and, for the price of annotations, cross-en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from hl_scale.data.sampling import plan_batches
 from hl_scale.engine.alignment import AlignmentBatch, AlignmentWorkload
 from hl_scale.engine.loop import learning_rate as scheduled
 from hl_scale.engine.targets import tokenize
+from hl_scale.engine.training_module import is_finite
 from hl_scale.engine.zero3 import World
 from hl_scale.evaluation.labelled import TaskAdapter
 from hl_scale.evaluation.labelled.measuring import encode, padded
@@ -95,6 +98,8 @@ def fit_by_alignment(
 
     def loss(batch: AlignmentBatch) -> Tensor:
         states = base.hidden_states(batch.input_ids, batch.attention_mask)
+        if not is_finite(states):  # the objective would say so of a sample, not of the training
+            return states.sum() * math.nan
         parts = (batch.attention_mask, batch.target, batch.target_mask, batch.target_self)
         found, _ = workload.objective(states, *parts)
         return found
@@ -161,7 +166,7 @@ def fit_by_labels(
     device = next(base.model.parameters()).device
     generator = np.random.default_rng(config.run.seed)
 
-    def losses(step: int) -> Iterator[Tensor]:
+    def losses(step: int) -> Generator[Tensor, None, None]:
         rows = generator.permutation(len(encoded))[: training.global_batch_size].tolist()
         ids, mask = padded([encoded[row] for row in rows], base.tokenizer.pad_token_id)
         ids, mask = ids.to(device), mask.to(device)
@@ -186,7 +191,7 @@ def _fit_on_pairs(
     plan = plan_batches(training.global_batch_size, training.micro_batch_size, 1)
     device = next(workload.base.model.parameters()).device
 
-    def losses(step: int) -> Iterator[Tensor]:
+    def losses(step: int) -> Generator[Tensor, None, None]:
         for samples in workload.sampler.micro_batches(step, 0, plan):
             before(samples)
             batch = workload.collate(samples).to(device)
@@ -206,7 +211,7 @@ def _fit_on_pairs(
 
 def _descend(
     parameters: list[torch.nn.Parameter],
-    losses: Callable[[int], Iterator[Tensor]],
+    losses: Callable[[int], Generator[Tensor, None, None]],
     training: TrainingConfig,
     peak: float,
     advance: Advance,
@@ -221,13 +226,15 @@ def _descend(
     for step in range(training.steps):
         optimizer.zero_grad()
         total = 0.0
-        for part in losses(step):
-            part.backward()  # type: ignore[no-untyped-call]
-            total += part.item()
-        if not np.isfinite(total):
-            raise EvaluationError(
-                f"the loss of a baseline is not finite at step {step + 1}\n  fix: lower its suite.learning_rates"
-            )
+        with closing(losses(step)) as parts:  # an error leaves nothing attached
+            for part in parts:
+                if not is_finite(part):
+                    raise EvaluationError(
+                        f"the loss of a baseline is not finite at step {step + 1}\n"
+                        "  fix: lower its suite.learning_rates"
+                    )
+                part.backward()  # type: ignore[no-untyped-call]
+                total += part.item()
         if training.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(parameters, training.gradient_clipping)
         for group in optimizer.param_groups:

@@ -135,9 +135,13 @@ def test_fewer_sentences_than_a_batch_make_batches_of_their_own_size(base, confi
     assert (small.pairs[0].standard, small.pairs[0].dialect) == ("the film", annotated(1)[0].texts[0])
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(base, workload) -> None:
-    adaptation = build_adaptation("lora", base, {"rank": 2}, seed=0)
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_a_loss_that_is_not_finite_ends_the_training_and_leaves_nothing_attached(kind, base, workload) -> None:
+    adaptation = build_adaptation(kind, base, SIZES[kind], seed=0)
+    ids, mask = tokenize(base, ["nobody said that"])
+    expected = base.hidden_states(ids, mask)
     with torch.no_grad():
         next(adaptation.parameters()).fill_(float("inf"))
-    with pytest.raises((EvaluationError, ValueError), match="not finite"):
+    with pytest.raises(EvaluationError, match="the loss of a baseline is not finite at step 1"):
         fit_by_alignment(adaptation, workload, 1e-2, lambda step, loss: None)
+    assert torch.equal(base.hidden_states(ids, mask), expected)
