@@ -98,6 +98,9 @@ class LeaveOneOutConfig(Section):
 class AblationsConfig(Section):
     variants: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Name -> changes of the recipe; each is trained and measured as `own`."""
+    one_hot: tuple[str, ...] = ()
+    """Changes after which the recipe trains on named dialects. Two more hypernetworks are then trained on these:
+    `named` with their features, and `one-hot` with a unit vector for each dialect, which tells nothing of others."""
 
 
 class SuiteRecipe(Section):

@@ -44,13 +44,14 @@ class Laboratory:
         self.main = Workbench(recipe.suite, store, device)
 
     def bench(
-        self, overrides: Sequence[str], labelled_overrides: Sequence[str] = (), every_variety: bool = False
-    ) -> Workbench:
+        self, overrides: Sequence[str], labelled_overrides: Sequence[str] = (), every_variety: bool = False,
+        one_hot: bool = False,
+    ) -> Workbench:  # fmt: skip
         """A bench of a changed recipe; the main one if nothing changes."""
         if not overrides and not labelled_overrides and not every_variety:
             return self.main
         suite, device = self.recipe.suite, self.device
-        return Workbench(suite, self.store, device, overrides, labelled_overrides, self.main, every_variety)
+        return Workbench(suite, self.store, device, overrides, labelled_overrides, self.main, every_variety, one_hot)
 
     def rows(self, requests: Sequence[Request], evaluated: Sequence[str]) -> list[Row]:
         return carry_out(requests, evaluated, self.shown)
@@ -178,15 +179,18 @@ def leave_one_out(lab: Laboratory) -> Experiment:
 
 def ablations(lab: Laboratory) -> Experiment:
     """The own adapter of changed hypernetworks, each against that of the recipe."""
-    variants = lab.recipe.ablations.variants
-    if not variants:
+    settings = lab.recipe.ablations
+    if not settings.variants and not settings.one_hot:
         raise EvaluationError("the recipe names no ablations.variants\n  fix: give each a name and its changes")
     bench = lab.main
     bench.train()
     varieties = bench.varieties()
     requests = wanted(bench, [NONE, OWN], varieties)
-    for name, overrides in variants.items():
-        changed = lab.bench(overrides)
+    benches = {name: lab.bench(overrides) for name, overrides in settings.variants.items()}
+    if settings.one_hot:
+        benches["named"] = lab.bench(settings.one_hot)
+        benches["one-hot"] = lab.bench(settings.one_hot, one_hot=True)
+    for name, changed in benches.items():
         changed.train()
         requests += labelled_as(wanted(changed, [OWN], varieties), name)
     rows = lab.rows(requests, varieties)

@@ -71,6 +71,7 @@ class Methods:
         budget: most parameters of an adapter as a dialect carries it; None for those of one generated LoRA.
         learning_rates: by method, instead of `LEARNING_RATES`.
         control_seed: of the shuffled vectors.
+        vector: what stands for a variety as `own` vector, features unless given.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Methods:
         budget: int | None = None,
         learning_rates: Mapping[str, float] | None = None,
         control_seed: int = 0,
+        vector: Callable[[str], typology.Vector] = typology.vector,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.configs, self.base, self.corpus, self.store = configs, base, corpus, store
-        self.external, self.say, self.control_seed = dict(runs or {}), say, control_seed
+        self.external, self.say, self.control_seed, self.vector = dict(runs or {}), say, control_seed, vector
         self.learning_rates = {**LEARNING_RATES, **(learning_rates or {})}
         self.lora = next(iter(configs.values())).lora
         self.budget = generated_size(base, self.lora.rank) if budget is None else budget
@@ -152,13 +154,13 @@ class Methods:
         if isinstance(adaptation, LoraAdaptation):
             with torch.no_grad():
                 return Adapter(*facts, pairs, seen, factors=adaptation.factors())
-        vector = torch.from_numpy(typology.vector(variety).copy())[None] if adaptation.conditional else None
+        vector = torch.from_numpy(self.vector(variety).copy())[None] if adaptation.conditional else None
         return Adapter(*facts, pairs, seen, adaptation=adaptation, condition=vector)
 
     def _generated(self, method: str, variety: str, seed: int, evaluated: Sequence[str]) -> Adapter:
         run = self.run(seed)
-        if variety == typology.STANDARD:
-            vector = typology.vector(variety)
+        if method == OWN or variety == typology.STANDARD:
+            vector = self.vector(variety)
         else:
             vector = condition_vectors(variety, evaluated, self.conditions, self.control_seed)[method]
         condition = torch.from_numpy(vector.copy())[None]

@@ -15,6 +15,7 @@ from hl_scale.conditions import typology
 from hl_scale.config import Config, LabelledConfig, LoraConfig, RunConfig, load_config, load_labelled_config
 from hl_scale.config.suites import SuiteConfig
 from hl_scale.data.corpus import Corpus, load_corpus, prepare_corpus
+from hl_scale.data.one_hot import one_hot_corpus, one_hot_vector
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
 from hl_scale.evaluation.dialect_tasks.labelled_tasks import FittedTask, SuiteTask, fit, open_task, predict
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, NONE, PER_DIALECT, Methods
@@ -71,6 +72,7 @@ class Workbench:
         overrides, labelled_overrides: changes beyond those of the suite.
         like: another bench of the suite: its task adapters are used, and its base where that is the same.
         every_variety: labelled sets in all varieties of eWAVE, in directories of their own.
+        one_hot: unit vectors instead of features, in a corpus of its own.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Workbench:
         labelled_overrides: Sequence[str] = (),
         like: Workbench | None = None,
         every_variety: bool = False,
+        one_hot: bool = False,
     ) -> None:
         self.suite, self.store, self.device = suite, store, device
         self.configs = _configs(suite, overrides)
@@ -92,6 +95,9 @@ class Workbench:
                 "  fix: train them without lora.task_adapter"
             )
         self.corpus = self._corpus(first)
+        if one_hot:
+            self.corpus = one_hot_corpus(self.corpus, f"{self.corpus.directory}-one-hot")
+            self.configs = {seed: _on(self.corpus, config) for seed, config in self.configs.items()}
         self.base = _base(first, device, like)
         self.task_lora: LoraConfig = first.lora if like is None else like.task_lora
         changes = [*suite.labelled_overrides, *labelled_overrides]
@@ -106,6 +112,7 @@ class Workbench:
             self.configs, self.base, self.corpus, store,
             runs={seed: Path(run) for seed, run in zip(suite.seeds, suite.runs, strict=False)},
             budget=suite.budget, learning_rates=suite.learning_rates, control_seed=suite.seed,
+            vector=one_hot_vector if one_hot else typology.vector,
         )  # fmt: skip
         self._fitted: dict[tuple[str, int], FittedTask] = {}
 
@@ -221,6 +228,11 @@ def _configs(suite: SuiteConfig, overrides: Sequence[str]) -> dict[int, Config]:
         seed: config.model_copy(update={"run": RunConfig(directory=config.run.directory, seed=seed)})
         for seed in suite.seeds
     }
+
+
+def _on(corpus: Corpus, config: Config) -> Config:
+    data = config.data.model_copy(update={"directory": str(corpus.directory)})
+    return config.model_copy(update={"data": data})
 
 
 def _in_every_variety(settings: LabelledConfig) -> LabelledConfig:

@@ -23,6 +23,9 @@ from hl_scale.conditions import typology
 from hl_scale.config import ConfigError, DialectDataConfig, load_labelled_config, load_suite
 from hl_scale.data import labelled_preparation
 from hl_scale.data.corpus import PreparedCorpus, load_corpus
+from hl_scale.data.labelled import corpus_texts
+from hl_scale.data.one_hot import one_hot_corpus
+from hl_scale.data.shards import CorpusError
 from hl_scale.evaluation.dialect_tasks import run_suite, workbench
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED, Methods
@@ -290,6 +293,30 @@ def test_ablations_change_the_hypernetwork_alone(recipe_to_train, tmp_path) -> N
     assert len({row["task_adapter"] for row in rows}) == 1 and len({r["adapter"] for r in rows if r["adapter"]}) == 3
     trained = {row["variant"]: (row["carried"], row["trained"]) for row in rows if row["method"] == "own"}
     assert trained["narrow"][0] == trained[""][0] > trained["query"][0] and trained["narrow"][1] < trained[""][1]
+
+
+def test_one_hot_vectors_tell_dialects_apart_and_nothing_about_them(recipe_to_train, tmp_path) -> None:
+    named = [
+        "data.mode=named", f"data.training_varieties=[{NIGERIAN}, Indian English]",
+        f"data.directory={tmp_path / 'named'}",
+    ]  # fmt: skip
+    recipe = load_suite(recipe_to_train, ["ablations.variants={}", f"ablations.one_hot={json.dumps(named)}"])
+    found = run_suite(recipe, tmp_path / "out", "ablations", "cpu", shown=False)
+    seen = {(r["variant"], r["variety"]): r["seen"] for r in found.result["cells"] if r["method"] == "own"}
+    for variant in ("named", "one-hot"):
+        assert seen[variant, NIGERIAN] and not seen[variant, CHICANO]
+    original, changed = load_corpus(tmp_path / "named"), load_corpus(tmp_path / "named-one-hot")
+    for before, after in zip(original.train, changed.train, strict=True):
+        assert (before.variety, before.dialect) == (after.variety, after.dialect)
+        assert after.vector.sum() == (before.variety != "standard")
+    assert len({after.vector.argmax() for after in changed.train if after.vector.any()}) == 2
+    runs = {r["variant"]: r["adapter"] for r in found.result["cells"] if r["method"] == "own"}
+    assert len(set(runs.values())) == 3
+    with pytest.raises(CorpusError, match="random mixtures"):
+        one_hot_corpus(load_corpus(tmp_path / "corpus"), tmp_path / "other")
+    assert corpus_texts(changed.directory)[0] == corpus_texts(original.directory)[0]  # what tests must be apart from
+    again = one_hot_corpus(original, tmp_path / "named-one-hot")
+    assert again.manifest == changed.manifest
 
 
 def test_a_dialect_that_training_names_is_seen(recipe_to_train, tmp_path) -> None:
