@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from hl_scale.cli.arguments import ConfigPath, Device, Overrides, RunPath, Step, open_run
+from hl_scale.cli.arguments import ConfigPath, Device, Overrides, RunPath, Step, open_run, require_choice
 from hl_scale.config import Config, load_config
 
 
@@ -47,7 +48,15 @@ def library(
 
 
 def evaluate(
-    run: RunPath,
+    run: Annotated[Path, typer.Argument(help="run directory of a training; with --suite the suite's recipe")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="--suite: section.key=value, read after the recipe")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="dialect-tasks: labelled tasks, against baselines")] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="--suite: main, annotations, coverage, leave_one_out or ablations")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="--suite: folder of its cells and reports")] = None,
     control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,
     prompted: Annotated[
         Path | None, typer.Option(help="tasks: run of kind plain_lora with data.description_in_prompt")
@@ -60,7 +69,18 @@ def evaluate(
     step: Step = None,
     device: Device = None,
 ) -> None:
-    """Measure a run against its controls, with intervals; writes evaluation.json, evaluation.md and report.html."""
+    """Measure a run against its controls, with intervals; writes evaluation.json, evaluation.md and report.html.
+
+    With --suite a whole suite: whatever is missing is trained, and what is there is read.
+    """
+    if suite is not None:
+        others = (control, prompted, library, tasks, arms, examples, sentences, step)
+        if any(option is not None for option in others):
+            raise ValueError("with --suite only --experiment, --out and --device apply: the rest is in its recipe")
+        _evaluate_suite(suite, run, overrides or (), out, experiment or "main", device)
+        return
+    if overrides or experiment or out:
+        raise ValueError("section.key=value, --experiment and --out go with --suite")
     from hl_scale.evaluation import evaluate_run
     from hl_scale.evaluation.command import Request
 
@@ -84,3 +104,21 @@ def report(run: RunPath) -> None:
 def schema() -> None:
     """Print the JSON schema of a configuration, with the help text of every key."""
     print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+def _evaluate_suite(
+    suite: str, recipe: Path, overrides: Sequence[str], out: Path | None, experiment: str, device: str | None
+) -> None:
+    require_choice("--suite", suite, ("dialect-tasks",))
+    if out is None:
+        raise ValueError("--suite needs --out, the folder of its cells and reports")
+    from hl_scale.config import load_suite
+    from hl_scale.engine.zero3 import default_device
+    from hl_scale.evaluation.dialect_tasks import run_suite
+    from hl_scale.evaluation.dialect_tasks.tables import lines
+
+    done = run_suite(load_suite(recipe, overrides), out, experiment, device or default_device())
+    for line in lines(done.result):
+        print(line)
+    print(f"cells: {done.made} made, {done.read} read, in {out / 'cells'}")
+    print(f"tables: {done.directory / 'tables.md'}, report: {done.report}")

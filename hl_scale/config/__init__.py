@@ -21,6 +21,7 @@ from hl_scale.config.sections import (
     TrainingConfig,
     Zero3Config,
 )
+from hl_scale.config.suites import SuiteRecipe, load_suite
 
 __all__ = [
     "AlignmentConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "ReconstructionConfig",
     "RunConfig",
     "SentenceSource",
+    "SuiteRecipe",
     "SupervisedConfig",
     "TaskAdapterConfig",
     "TaskDataConfig",
@@ -49,5 +51,6 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_labelled_config",
+    "load_suite",
     "parse_config",
 ]

@@ -104,14 +104,13 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
     metrics = read_metrics(directory / "metrics.jsonl")
     evaluation = _read_evaluation(directory / "evaluation.json")
     environment = directory / "environment.json"
-    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
-    text = page.render(
+    text = render_page(
         name=directory.resolve().name,
         notices=_notices(metrics, evaluation),
         evaluation=evaluation,
         shown=_SHOWN[evaluation["evaluation"]](evaluation) if evaluation else None,
         provenance=json.dumps(evaluation["provenance"], indent=1) if evaluation else "",
-        curves=_image(training_curves(metrics)) if metrics else None,
+        curves=image(training_curves(metrics)) if metrics else None,
         training=_training_line(metrics) if metrics else "",
         configuration=(directory / "config.yaml").read_text(encoding="utf-8"),
         run_environment=environment.read_text(encoding="utf-8") if environment.is_file() else None,
@@ -120,13 +119,24 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
     return directory / "report.html"
 
 
+def render_page(**values: Any) -> str:
+    """The page with its parts filled in; None leaves a part out."""
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    return page.render(**values)
+
+
+def image(figure: Figure) -> str:
+    """A figure as the address of an image that a page carries in itself."""
+    return "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure).encode()).decode()
+
+
 def _dialects(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     own = {"own vector": "the dialect's eWAVE attestation values"}
     controls = {name.replace("_", " "): text for name, text in evaluation["controls"].items()}
     return {
         "heading": "Dialects",
         "legend": tables.LEGEND,
-        "charts": [("Divergence ratio per dialect and condition", _image(dialect_chart(evaluation)))],
+        "charts": [("Divergence ratio per dialect and condition", image(dialect_chart(evaluation)))],
         "lines": tables.standard_lines(evaluation),
         "tables": tables.tables(evaluation),
         "meanings_heading": "Conditions",
@@ -143,7 +153,7 @@ def _tasks(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "heading": "Tasks",
         "legend": steering_tables.LEGEND,
-        "charts": [(name, _image(draw(evaluation))) for name, draw in charts.items()],
+        "charts": [(name, image(draw(evaluation))) for name, draw in charts.items()],
         "lines": steering_tables.lines(evaluation),
         "tables": steering_tables.tables(evaluation),
         "meanings_heading": "Arms and groups",
@@ -186,7 +196,3 @@ def _training_line(metrics: Sequence[Mapping[str, Any]]) -> str:
     line = f"{last['step']} steps, last loss {last['loss']:.4f}, {seconds / 60:.1f} minutes in the logged steps"
     skipped = last.get("skipped_steps", 0)
     return f"{line}, {skipped:.0f} steps skipped because a gradient was not finite." if skipped else f"{line}."
-
-
-def _image(figure: Figure) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure).encode()).decode()

@@ -1,0 +1,356 @@
+"""The suite from the command to the report, on a tiny base: what is trained, kept, compared and written."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from hl_scale.cli import app
+from hl_scale.conditions import typology
+from hl_scale.config import ConfigError, DialectDataConfig, load_labelled_config, load_suite
+from hl_scale.data import labelled_preparation
+from hl_scale.data.corpus import PreparedCorpus, load_corpus
+from hl_scale.data.labelled import corpus_texts
+from hl_scale.data.one_hot import one_hot_corpus
+from hl_scale.data.shards import CorpusError
+from hl_scale.evaluation.dialect_tasks import run_suite, workbench
+from hl_scale.evaluation.dialect_tasks.cells import CellStore
+from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED, Methods
+from hl_scale.evaluation.labelled import load_measurement
+from hl_scale.evaluation.measurement import EvaluationError
+
+NIGERIAN, CHICANO = "Nigerian English", "Chicano English"
+TEXT = "the old man said that she was not sure this film is any good and they have been working here"
+ALL = ["none", *GENERATED, *TRAINED, "lora_dialect"]
+
+
+def rule_engine(sentences: pa.Table, plan: Any, **_: Any) -> Iterator[pa.Table]:
+    """In the place of Multi-VALUE: one word more, another in every variety."""
+    rows = sentences.to_pylist()
+    word = {NIGERIAN: "nobody", CHICANO: "rained"}[plan.variety]
+    yield pa.Table.from_pylist(
+        [{"sentence_id": r["sentence_id"], "dialect": f"{word} {r['text']}", "rules": [], "error": None} for r in rows],
+        schema=pa.schema({"sentence_id": pa.int64(), "dialect": pa.string(), "rules": pa.list_(pa.string()),
+                          "error": pa.string()}),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe of a prepared set: is "garden" the last word? 20 to test, 8 to validate, 30 to train."""
+    directory, draw = tmp_path_factory.mktemp("labelled"), random.Random(3)
+    rows = []
+    for number in range(58):
+        words = draw.choices(TEXT.split(), k=draw.randint(4, 9))
+        rows.append({"text": " ".join([*words, "garden"] if number % 2 else words), "label": ("no", "yes")[number % 2]})
+    (directory / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "labelled": {
+            "directory": str(directory / "set"), "task": "jsonl", "path": str(directory / "sentences.jsonl"),
+            "test_sentences": 20, "validation_sentences": 8, "annotated_sentences": 12, "num_workers": 1,
+            "varieties": [NIGERIAN, CHICANO],
+        },
+        "task_adapter": {"steps": 10, "batch_size": 8, "learning_rate": 0.01, "validate_every": 5},
+    }  # fmt: skip
+    path = directory / "labelled.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelled_preparation, "transform_sentences", rule_engine)
+        patch.setattr(labelled_preparation, "ray_session", lambda workers: contextlib.nullcontext())
+        labelled_preparation.prepare_labelled(load_labelled_config(path).labelled)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(labelled, tiny_config, single_process, tmp_path_factory) -> Path:
+    """Of a suite that reads a trained hypernetwork."""
+    from hl_scale.engine.loop import train
+
+    directory = tmp_path_factory.mktemp("suite")
+    train(tiny_config(directory / "run"))
+    tree = {
+        "suite": {
+            "runs": [str(directory / "run")], "labelled": [str(labelled)], "methods": ALL, "bootstrap_samples": 200,
+        },
+        "annotations": {"counts": [2, 12]},
+        "coverage": {"varieties": "labelled"},
+    }  # fmt: skip
+    path = directory / "suite.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command wrote."""
+    directory = tmp_path_factory.mktemp("out")
+    arguments = ["evaluate", str(recipe), "--suite", "dialect-tasks", "--out", str(directory), "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0 and "in 2 unseen dialects the task adapter alone loses" in done.output
+    assert ", 0 read" in done.output
+    return directory
+
+
+@pytest.fixture(scope="module")
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "main" / "results.json").read_text())
+
+
+Losses = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def losses(out: Path, result: dict[str, Any]) -> Losses:
+    """losses(method, variety) -> loss of each sentence."""
+
+    def read(method: str, variety: str = NIGERIAN) -> np.ndarray:
+        (row,) = [r for r in result["cells"] if r["method"] == method and r["variety"] == variety]
+        return load_measurement(out / "cells" / row["cell"] / "measurement.json").losses
+
+    return read
+
+
+def test_a_second_call_makes_no_cell_and_finds_the_same_numbers(recipe, out, result) -> None:
+    again = run_suite(load_suite(recipe), out, "main", "cpu", shown=False)
+    assert again.made == 0 and again.read == len(list((out / "cells").iterdir()))
+    assert again.result["tasks"] == result["tasks"] and again.result["cells"] == result["cells"]
+
+
+def test_a_broken_cell_is_made_again_and_no_other(recipe, out, result) -> None:
+    row = next(r for r in result["cells"] if r["method"] == "lora" and r["variety"] == CHICANO)
+    (weights,) = (out / "cells" / row["adapter"]).glob("adaptation-*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"????")
+    again = run_suite(load_suite(recipe), out, "main", "cpu", shown=False)
+    assert again.made == 1 and again.result["cells"] == result["cells"]
+
+
+def test_own_zero_wrong_and_shuffled_vectors_give_other_predictions(losses) -> None:
+    found = {method: losses(method) for method in ("none", *GENERATED)}
+    names = list(found)
+    for i, name in enumerate(names):
+        for other in names[i + 1 :]:
+            assert not np.allclose(found[name], found[other], rtol=1e-6), (name, other)
+    assert not np.allclose(losses("own", NIGERIAN), losses("own", CHICANO))
+
+
+def test_the_wrong_vector_is_that_of_the_other_dialect(recipe, out, result) -> None:
+    run = {r["method"]: r["adapter"] for r in result["cells"]}
+    assert run["own"] == run["wrong"] == load_suite(recipe).suite.runs[0]
+    cells = {}
+    for r in result["cells"]:
+        if r["method"] in ("own", "wrong") and r["variety"] in (NIGERIAN, CHICANO):
+            key = json.loads((out / "cells" / r["cell"] / "cell.json").read_text())["key"]
+            cells[r["method"], r["variety"]] = key["condition"]
+    assert cells["own", NIGERIAN] == cells["wrong", CHICANO] != cells["own", CHICANO]
+
+
+def test_no_baseline_carries_more_than_the_generated_adapter(result) -> None:
+    budget = result["provenance"]["budget"]
+    carried = {r["method"]: (r["carried"], r["trained"]) for r in result["cells"]}
+    assert carried["own"][0] == carried["lora"][0] == carried["lora_dialect"][0] == budget
+    for method in ("lora", "prefix", "bottleneck", "tada", "lora_dialect"):
+        assert budget / 2 < carried[method][0] <= budget and carried[method][0] == carried[method][1], method
+    # Of networks it is what they generate that counts.
+    assert carried["hyper_adapter"][0] == carried["bottleneck"][0] < carried["hyper_adapter"][1]
+
+
+def test_baselines_see_as_many_pairs_in_as_many_steps_as_the_hypernetwork(out, result, tiny_config) -> None:
+    training = tiny_config(out).training
+    for row in result["cells"]:
+        if row["method"] in TRAINED + PER_DIALECT:
+            facts = json.loads((out / "cells" / row["adapter"] / "cell.json").read_text())["facts"]
+            assert facts["steps"] == training.steps
+            assert facts["pairs_seen"] == training.steps * training.global_batch_size
+            assert facts["distinct_pairs"] == row["pairs"] == (12 if row["method"] in PER_DIALECT else 48)
+            assert row["seen"] == (row["method"] in PER_DIALECT)
+
+
+def test_the_report_holds_every_cell_and_the_tables_every_method(out, result) -> None:
+    page = (out / "main" / "report.html").read_text()
+    assert len(result["cells"]) == 2 * len(ALL) + 2 + len(TRAINED)  # and Standard English
+    for row in result["cells"]:
+        assert row["cell"] in page and (out / "cells" / row["cell"] / "measurement.json").is_file()
+    assert page.count("data:image/svg+xml;base64,") == 1 and "http://" not in page.replace("http://www.w3.org", "")
+    with (out / "main" / "cells.csv").open() as file:
+        assert [line["cell"] for line in csv.DictReader(file)] == [row["cell"] for row in result["cells"]]
+    tables = (out / "main" / "tables.md").read_text()
+    assert all(f"| {method} |" in tables and MEANINGS[method] in tables for method in ALL)
+    with (out / "main" / "accuracy.csv").open() as file:
+        rows = {(line["method"], line["variety"]): line for line in csv.DictReader(file)}
+    (cell,) = [r for r in result["cells"] if r["method"] == "tada" and r["variety"] == CHICANO]
+    assert float(rows["tada", CHICANO]["value"]) == pytest.approx(cell["accuracy"])
+    assert rows["tada", CHICANO]["cells"] == cell["cell"]
+
+
+def test_annotations_reuse_what_there_is_and_say_what_the_vector_is_worth(recipe, out) -> None:
+    found = run_suite(load_suite(recipe), out, "annotations", "cpu", shown=False)
+    assert found.made == 2 * 2 * 2 * 2  # kinds, counts, dialects; an adapter and a measurement of each
+    task = found.result["tasks"]["jsonl"]
+    assert set(task["curves"]) == {"aligned", "annotated"} and task["curves"]["aligned"]["counts"] == [2, 12]
+    assert "the generated adapter is worth" in (out / "annotations" / "tables.md").read_text()
+
+
+def test_coverage_of_a_run_on_mixtures_is_told_for_every_dialect(recipe, out) -> None:
+    found = run_suite(load_suite(recipe), out, "coverage", "cpu", shown=False)
+    task = found.result["tasks"]["jsonl"]
+    assert found.made == 0 and set(task["coverage"]) == {NIGERIAN, CHICANO}
+    assert task["correlations"]["binary"] is None and task["points"] == 2
+
+
+def test_a_hypernetwork_is_trained_in_its_cell_and_goes_on_where_it_was_cut_off(
+    tiny_config, tiny_corpus, single_process, tmp_path, losses_of
+) -> None:
+    from hl_scale.base import load_base
+    from hl_scale.config import RunConfig
+    from hl_scale.engine.loop import train
+
+    config = tiny_config(tmp_path / "unused", {"run.seed": 3})
+    base, corpus = load_base(config.base, config.lora), load_corpus(tiny_corpus)
+    store = CellStore(tmp_path / "cells")
+    whole = Methods({3: config}, base, corpus, store).run(3)
+    assert whole.step == config.training.steps and losses_of(whole.directory)
+    cut = tmp_path / "later" / whole.directory.name
+    train(config.model_copy(update={"run": RunConfig(directory=str(cut), seed=3)}), stop_at=2)
+    again = Methods({3: config}, base, corpus, CellStore(tmp_path / "later")).run(3)
+    assert again.directory == cut and len(losses_of(cut)) == 6
+    for one, other in zip(whole.hypernetwork.parameters(), again.hypernetwork.parameters(), strict=True):
+        assert torch.equal(one, other)
+    read = CellStore(tmp_path / "cells")
+    Methods({3: config}, base, corpus, read).run(3)
+    assert read.made == []
+
+
+@pytest.fixture
+def recipe_to_train(
+    labelled, tiny_config, write_tiny_corpus, write_yaml, single_process, tmp_path, monkeypatch
+) -> Path:
+    """Of a suite that trains its hypernetworks, on tiny corpora instead of those of the rule engine."""
+
+    def prepare(data: DialectDataConfig) -> PreparedCorpus:
+        directory = Path(data.directory)
+        names = data.training_varieties
+
+        def name_them(rows: list[dict[str, Any]]) -> None:
+            for number, row in enumerate(rows):
+                if names and row["variety"] == "virtual":
+                    row["variety"] = names[number % len(names)]
+                    row["vector"] = typology.vector(row["variety"]).tolist()
+
+        if not directory.exists():
+            write_tiny_corpus(directory, name_them)
+            path = directory / "manifest.json"
+            path.write_text(path.read_text().replace("c" * 64, hashlib.sha256(repr(names).encode()).hexdigest()))
+        return PreparedCorpus(directory, load_corpus(directory).manifest, reused=False)
+
+    monkeypatch.setattr(workbench, "prepare_corpus", prepare)
+    config = tiny_config(tmp_path / "run", {"data.directory": str(tmp_path / "corpus"), "training.steps": 3})
+    tree = {
+        "suite": {
+            "recipe": str(write_yaml(config, tmp_path / "run.yaml")), "labelled": [str(labelled)],
+            "methods": ["lora"], "bootstrap_samples": 200,
+        },
+        "ablations": {
+            "variants": {"narrow": ["hypernetwork.hidden_width=8"], "query": ["lora.target_modules=[q_proj]"]},
+        },
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "suite.yaml"
+
+
+def test_the_dialect_that_is_left_out_is_seen_by_no_method(recipe_to_train, tmp_path) -> None:
+    found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
+    rows = found.result["cells"]
+    assert {row["method"] for row in rows} == {"none", "own", "lora"} and not any(row["seen"] for row in rows)
+    runs = {row["variety"]: row["adapter"] for row in rows if row["method"] == "own"}
+    assert set(runs) == {NIGERIAN, CHICANO} and len(set(runs.values())) == 2
+    for variety, other in ((NIGERIAN, CHICANO), (CHICANO, NIGERIAN)):
+        run = yaml.safe_load((tmp_path / "out" / "cells" / runs[variety] / "config.yaml").read_text())
+        assert run["data"]["training_varieties"] == [other]
+    baselines = {row["variety"]: row["adapter"] for row in rows if row["method"] == "lora"}
+    assert len(set(baselines.values())) == 2
+    again = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
+    assert again.made == 0 and again.result["cells"] == rows
+
+
+def test_ablations_change_the_hypernetwork_alone(recipe_to_train, tmp_path) -> None:
+    found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "ablations", "cpu", shown=False)
+    rows = found.result["cells"]
+    names = [method["method"] for method in found.result["tasks"]["jsonl"]["methods"]]
+    assert names == ["none", "own", "own (narrow)", "own (query)"]
+    assert len({row["task_adapter"] for row in rows}) == 1 and len({r["adapter"] for r in rows if r["adapter"]}) == 3
+    trained = {row["variant"]: (row["carried"], row["trained"]) for row in rows if row["method"] == "own"}
+    assert trained["narrow"][0] == trained[""][0] > trained["query"][0] and trained["narrow"][1] < trained[""][1]
+
+
+def test_one_hot_vectors_tell_dialects_apart_and_nothing_about_them(recipe_to_train, tmp_path) -> None:
+    named = [
+        "data.mode=named", f"data.training_varieties=[{NIGERIAN}, Indian English]",
+        f"data.directory={tmp_path / 'named'}",
+    ]  # fmt: skip
+    recipe = load_suite(recipe_to_train, ["ablations.variants={}", f"ablations.one_hot={json.dumps(named)}"])
+    found = run_suite(recipe, tmp_path / "out", "ablations", "cpu", shown=False)
+    seen = {(r["variant"], r["variety"]): r["seen"] for r in found.result["cells"] if r["method"] == "own"}
+    for variant in ("named", "one-hot"):
+        assert seen[variant, NIGERIAN] and not seen[variant, CHICANO]
+    original, changed = load_corpus(tmp_path / "named"), load_corpus(tmp_path / "named-one-hot")
+    for before, after in zip(original.train, changed.train, strict=True):
+        assert (before.variety, before.dialect) == (after.variety, after.dialect)
+        assert after.vector.sum() == (before.variety != "standard")
+    assert len({after.vector.argmax() for after in changed.train if after.vector.any()}) == 2
+    runs = {r["variant"]: r["adapter"] for r in found.result["cells"] if r["method"] == "own"}
+    assert len(set(runs.values())) == 3
+    with pytest.raises(CorpusError, match="random mixtures"):
+        one_hot_corpus(load_corpus(tmp_path / "corpus"), tmp_path / "other")
+    assert corpus_texts(changed.directory)[0] == corpus_texts(original.directory)[0]  # what tests must be apart from
+    again = one_hot_corpus(original, tmp_path / "named-one-hot")
+    assert again.manifest == changed.manifest
+
+
+def test_a_dialect_that_training_names_is_seen(recipe_to_train, tmp_path) -> None:
+    changes = f"suite.overrides=[data.mode=named,'data.training_varieties=[{NIGERIAN}]']"
+    found = run_suite(load_suite(recipe_to_train, [changes]), tmp_path / "out", "main", "cpu", shown=False)
+    task = found.result["tasks"]["jsonl"]
+    assert {(r["variety"], r["seen"]) for r in found.result["cells"] if r["method"] in ("own", "lora")} == {
+        (NIGERIAN, True), (CHICANO, False), ("Standard American English", False)
+    }  # fmt: skip
+    assert task["headline"]["varieties"] == [CHICANO] and task["headline"]["best_baseline"] == "lora"
+
+
+def test_what_cannot_be_asked_for_is_refused(recipe, out, tmp_path) -> None:
+    with pytest.raises(EvaluationError, match="there is no experiment 'all'"):
+        run_suite(load_suite(recipe), out, "all", "cpu")
+    with pytest.raises(EvaluationError, match="not transformed into Jamaican English"):
+        run_suite(load_suite(recipe, ["suite.dialects=[Jamaican English]"]), out, "main", "cpu", shown=False)
+    with pytest.raises(EvaluationError, match="trains hypernetworks of its own"):
+        run_suite(load_suite(recipe), out, "leave_one_out", "cpu", shown=False)
+    for arguments, said in (
+        (["--suite", "dialect-tasks"], "needs --out"),
+        (["--suite", "dialect-tasks", "--out", "x", "--sentences", "3"], "the rest is in its recipe"),
+        (["--suite", "dialects", "--out", "x"], "--suite dialects is not one of dialect-tasks"),
+        (["--out", "x"], "go with --suite"),
+    ):
+        refused = CliRunner().invoke(app, ["evaluate", str(recipe), *arguments])
+        assert isinstance(refused.exception, ValueError) and said in str(refused.exception)
+    for wrong in ("suite.recipe=a.yaml", "suite.seeds=[0, 1]", "suite.methods=[magic]", "suite.overrides=[a.b=1]"):
+        with pytest.raises(ConfigError):
+            load_suite(recipe, [wrong])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "configs/suites").glob("*.yaml")), ids=str)
+def test_every_recipe_of_a_suite_loads_and_names_recipes_that_exist(path: Path) -> None:
+    suite = load_suite(path).suite
+    root = Path(__file__).parents[3]
+    assert all((root / name).is_file() for name in (*suite.labelled, *([suite.recipe] if suite.recipe else [])))
