@@ -32,6 +32,12 @@ TEXT = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for tiny shapes: a second one mostly waits, spinning, and for very long beside other processes."""
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+
 def pytest_collection_finish() -> None:
     """Modules live as long as the tests: the garbage collector need not look at them again."""
     gc.collect()

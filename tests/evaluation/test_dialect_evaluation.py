@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -27,8 +28,8 @@ ALL = ["own", *CONTROLS]
 
 
 @pytest.fixture
-def result(make_run, corpus):
-    return evaluate_dialects(make_run(), corpus, control=make_run("plain_lora"), progress=False)
+def result(evaluated):
+    return copy.deepcopy(evaluated)
 
 
 def with_data(run, **changes):

@@ -14,7 +14,6 @@ from rich.console import Console
 from hl_scale.config import dump_config
 from hl_scale.evaluation import (
     EvaluationError,
-    evaluate_dialects,
     markdown_table,
     render_table,
     save,
@@ -28,7 +27,7 @@ def estimate(value: float, half: float = 0.02) -> dict[str, float]:
 
 
 @pytest.fixture
-def run(make_run, corpus):
+def run(make_run, evaluated):
     """A run directory with everything a report reads."""
     run = make_run()
     metrics = [
@@ -47,7 +46,7 @@ def run(make_run, corpus):
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (run.directory / "config.yaml").write_text(dump_config(run.config))
     (run.directory / "environment.json").write_text(json.dumps({"versions": {"torch": "2.x"}}))
-    save(evaluate_dialects(run, corpus, control=make_run("plain_lora"), progress=False), run.directory)
+    save(evaluated, run.directory)
     return run
 
 
