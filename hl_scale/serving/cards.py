@@ -50,7 +50,7 @@ little.{sum_of_both}
 from peft import PeftModel
 from transformers import {auto}
 
-model = {auto}.from_pretrained({base!r})
+model = {auto}.from_pretrained({json.dumps(base, ensure_ascii=False)})
 model = PeftModel.from_pretrained(model, "THIS DIRECTORY")
 ```
 
