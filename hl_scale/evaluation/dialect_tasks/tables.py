@@ -137,7 +137,7 @@ def _difference_table(name: str, task: Mapping[str, Any]) -> TextTable:
         row = [f"{found['first']} - {found['second']}", points(found["mean"])]
         for place in shown:
             part = found["dialects"].get(place)
-            row.append("-" if part is None else f"{100 * part['value']:+.1f} (p {_p(part['p'])})")
+            row.append("-" if part is None else f"{_signed(part['value'])} (p {_p(part['p'])})")
         rows.append(row)
     caption = f"{name}: paired differences in points, with McNemar's p (of several seeds the largest)"
     return TextTable(caption, ["difference", "mean of dialects", *shown], rows)
@@ -185,8 +185,12 @@ def interval(part: Mapping[str, Any], times: float = 100, digits: int = 1) -> st
 
 def points(part: Mapping[str, Any]) -> str:
     """A difference of accuracies, in points with its sign."""
-    value, low, high = (f"{100 * part[key]:+.1f}" for key in ("value", "low", "high"))
+    value, low, high = (_signed(part[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _signed(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-0.0", "+0.0")
 
 
 def _p(values: Sequence[float]) -> str:
