@@ -36,7 +36,8 @@ def lines(result: Result) -> list[str]:
         if headline is not None:
             said.append(f"{name}: {_headline(headline)}")
         for kind, curve in task.get("curves", {}).items():
-            said.append(f"{name}: {_worth(kind, curve)}")
+            gain = next(found["mean"] for found in task["differences"] if found["second"] == "none")
+            said.append(f"{name}: {_worth(kind, curve)} (By means alone; own minus none: {points(gain)}.)")
     return said
 
 
