@@ -32,12 +32,13 @@ def lines(result: Result) -> list[str]:
     """The headline of each task in words."""
     said = []
     for name, task in result["tasks"].items():
-        headline = task["headline"]
-        if headline is not None:
-            said.append(f"{name}: {_headline(headline)}")
-        for kind, curve in task.get("curves", {}).items():
+        if task["headline"] is not None:
+            said.append(f"{name}: {_headline(task['headline'])}")
+        else:
             gain = next(found["mean"] for found in task["differences"] if found["second"] == "none")
-            said.append(f"{name}: {_worth(kind, curve)} (By means alone; own minus none: {points(gain)}.)")
+            said.append(f"{name}: own adapters minus the task adapter alone, mean of dialects: {points(gain)}.")
+        for kind, curve in task.get("curves", {}).items():
+            said.append(f"{name}: {_worth(kind, curve)} (By means alone.)")
     return said
 
 
