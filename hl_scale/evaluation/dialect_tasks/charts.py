@@ -47,14 +47,16 @@ def annotation_chart(task: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     for kind, curve in task["curves"].items():
         colour, marker = _CURVES[kind]
-        counts = np.array(curve["counts"], dtype=float)
         values = np.array([_percent(point) for point in curve["accuracy"]])
-        axes.plot(counts, values[:, 0], color=colour, marker=marker, label=f"LoRA of the dialect, {kind}")
-        axes.fill_between(counts, values[:, 1], values[:, 2], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(curve["counts"], values[:, 0], color=colour, marker=marker, label=f"LoRA of the dialect, {kind}")
+        axes.fill_between(curve["counts"], values[:, 1], values[:, 2], color=colour, alpha=0.15, linewidth=0)
     levels = {method["method"]: method["mean"] for method in task["methods"]}
     for name, colour in ((OWN, _OWN), ("none", _OTHER)):
         axes.axhline(_percent(levels[name])[0], color=colour, linestyle="--", label=name)
     axes.set(xscale="log", xlabel="sentences of the dialect", ylabel="accuracy in %, mean of dialects")
+    counts = sorted({count for curve in task["curves"].values() for count in curve["counts"]})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

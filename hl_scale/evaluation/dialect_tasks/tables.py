@@ -32,11 +32,13 @@ def lines(result: Result) -> list[str]:
     """The headline of each task in words."""
     said = []
     for name, task in result["tasks"].items():
-        headline = task["headline"]
-        if headline is not None:
-            said.append(f"{name}: {_headline(headline)}")
+        if task["headline"] is not None:
+            said.append(f"{name}: {_headline(task['headline'])}")
+        else:
+            gain = next(found["mean"] for found in task["differences"] if found["second"] == "none")
+            said.append(f"{name}: own adapters minus the task adapter alone, mean of dialects: {points(gain)}.")
         for kind, curve in task.get("curves", {}).items():
-            said.append(f"{name}: {_worth(kind, curve)}")
+            said.append(f"{name}: {_worth(kind, curve)} (By means alone.)")
     return said
 
 
@@ -137,7 +139,7 @@ def _difference_table(name: str, task: Mapping[str, Any]) -> TextTable:
         row = [f"{found['first']} - {found['second']}", points(found["mean"])]
         for place in shown:
             part = found["dialects"].get(place)
-            row.append("-" if part is None else f"{100 * part['value']:+.1f} (p {_p(part['p'])})")
+            row.append("-" if part is None else f"{_signed(part['value'])} (p {_p(part['p'])})")
         rows.append(row)
     caption = f"{name}: paired differences in points, with McNemar's p (of several seeds the largest)"
     return TextTable(caption, ["difference", "mean of dialects", *shown], rows)
@@ -185,8 +187,12 @@ def interval(part: Mapping[str, Any], times: float = 100, digits: int = 1) -> st
 
 def points(part: Mapping[str, Any]) -> str:
     """A difference of accuracies, in points with its sign."""
-    value, low, high = (f"{100 * part[key]:+.1f}" for key in ("value", "low", "high"))
+    value, low, high = (_signed(part[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _signed(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-0.0", "+0.0")
 
 
 def _p(values: Sequence[float]) -> str:

@@ -283,6 +283,7 @@ def test_the_dialect_that_is_left_out_is_seen_by_no_method(recipe_to_train, tmp_
     assert len(set(baselines.values())) == 2
     again = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
     assert again.made == 0 and again.result["cells"] == rows
+    assert "own adapters minus the task adapter alone" in (tmp_path / "out/leave_one_out/tables.md").read_text()
 
 
 def test_ablations_change_the_hypernetwork_alone(recipe_to_train, tmp_path) -> None:
