@@ -223,10 +223,11 @@ def test_killed_and_restarted_it_serves_from_its_cache_and_makes_damaged_adapter
     answer = server.complete("dialect:Nigerian English", max_tokens=5)
     assert server.complete("dialect:Indian English")[0] == 200
     server.kill()
-    damaged = next(
+    alone = {"condition": "Indian English", "task_adapter": None}
+    (damaged,) = (
         path.parent / "adapter_model.safetensors"
         for path in server.cache.glob("*/hl_provenance.json")
-        if json.loads(path.read_text())["condition"] == "Indian English"
+        if {key: json.loads(path.read_text()).get(key) for key in alone} == alone
     )
     damaged.write_bytes(damaged.read_bytes()[:64])
     server.start()
