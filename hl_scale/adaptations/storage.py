@@ -8,7 +8,6 @@ directory holds the whole of the old adaptation or the whole of the new one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from hl_scale.adaptations.adaptation import Adaptation, AdaptationError
 from hl_scale.adaptations.building import kind_of, settings_of
 from hl_scale.base import AdaptedModel
-from hl_scale.data.durable import flush, write_text
+from hl_scale.data.durable import flush, hash_file, write_text
 
 DESCRIPTION_FILE = "adaptation.json"
 FORMAT_VERSION = 1
@@ -49,7 +48,7 @@ def save_adaptation(adaptation: Adaptation, directory: str | os.PathLike[str]) -
     try:
         save_file(tensors, temporary)
         flush(temporary)
-        digest = _sha256(temporary)
+        digest = hash_file(temporary)
         os.replace(temporary, _weights(directory, digest))
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,7 +103,7 @@ def _fill(adaptation: Adaptation, directory: Path, digest: str) -> None:
         raise AdaptationError(f"{directory / DESCRIPTION_FILE} is damaged: it names no sha256\n  {again}")
     path = _weights(directory, digest)
     try:
-        if _sha256(path) != digest:
+        if hash_file(path) != digest:
             raise AdaptationError(f"{path} is damaged: its bytes do not match their sha256\n  {again}")
         tensors = load_file(path)
     except FileNotFoundError:
@@ -146,8 +145,3 @@ def _read_description(directory: Path) -> dict[str, Any]:
 
 def _weights(directory: Path, digest: str) -> Path:
     return directory / f"adaptation-{digest[:16]}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

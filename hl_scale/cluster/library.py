@@ -6,7 +6,6 @@ base: some seconds that are paid for each task. Its adapter appears whole, or no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hl_scale.cluster.session import ray_session, refuse_job_paths, with_absolute_paths, worker_environment
 from hl_scale.config import Config, ConfigError, parse_config
+from hl_scale.data.durable import hash_file
 
 RUNS = ".runs"
 """Run directories of tasks under way, below the library."""
@@ -166,7 +166,7 @@ def _provenance(directory: Path) -> dict[str, Any]:
         json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         facts: dict[str, Any] = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
         for name, file in facts["files"].items():
-            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != file["sha256"]:
+            if hash_file(directory / name) != file["sha256"]:
                 return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

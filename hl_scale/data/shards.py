@@ -7,7 +7,6 @@ is ever read, and a folder that is not a corpus is never replaced.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from hl_scale.data.durable import hash_file
 
 MANIFEST = "manifest.json"
 _OWN_FILE = re.compile(
@@ -72,12 +73,6 @@ class ShardWriter:
         )
         self._pending = [table.slice(rows)]
         self._pending_rows = table.num_rows - rows
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:

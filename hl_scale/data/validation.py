@@ -7,11 +7,11 @@ It needs torch and safetensors alone, so that it runs inside a server.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hl_scale.data.durable import hash_file
 from hl_scale.data.peft_directory import WEIGHTS_FILE, AdapterError, AdapterFacts, read_adapter
 
 __all__ = ["AdapterError", "AdapterFacts", "validate_adapter"]
@@ -103,6 +103,5 @@ def _other_contents(facts: AdapterFacts) -> list[str]:
     noted = entry.get("sha256") if isinstance(entry, dict) else None
     if noted is None:
         return []
-    with (Path(facts.directory) / WEIGHTS_FILE).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hash_file(Path(facts.directory) / WEIGHTS_FILE)
     return [] if found == noted else [f"the sha256 of {WEIGHTS_FILE} is not the one in its provenance"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from hl_scale.base.recompute import find_blocks
 from hl_scale.conditions.descriptions import Vectors, check_texts, embed, scaled
 from hl_scale.data.builtin import reference_wordings
 
-TEXTS_PER_PASS = 16
+TEXTS_PER_PASS = 32
 
 
 class LastStateEncoder:
@@ -30,11 +30,7 @@ class LastStateEncoder:
     def encode(self, texts: Sequence[str]) -> Vectors:
         """See `hl_scale.conditions.descriptions.Encoder`."""
         _check(self.base, texts, self.maximum_tokens)
-        rows = []
-        for states, mask in _passes(self.base, texts):
-            last = mask.sum(1) - 1
-            rows.append(states[torch.arange(len(states), device=states.device), last].float().cpu().numpy())
-        return scaled(np.concatenate(rows))
+        return scaled(_states(self.base, texts, _last))
 
 
 class MeanStateEncoder:
@@ -80,12 +76,7 @@ class _MeanStates:
         self.fingerprint = f"base_mean:{base.fingerprint}"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        rows = []
-        for states, mask in _passes(self.base, texts, self.block):
-            mask[:, 0] = mask.sum(1) == 1  # the first token is the same for all texts, and may be all there is
-            weights = mask / mask.sum(1, keepdim=True)
-            rows.append(torch.einsum("btd,bt->bd", states.float(), weights.float()).cpu().numpy())
-        return np.concatenate(rows)
+        return _states(self.base, texts, _mean, self.block)
 
 
 def _check(base: AdaptedModel, texts: Sequence[str], maximum_tokens: int) -> None:
@@ -93,25 +84,57 @@ def _check(base: AdaptedModel, texts: Sequence[str], maximum_tokens: int) -> Non
     check_texts(texts, lambda text: len(count(text)["input_ids"]), min(maximum_tokens, base.context_length))
 
 
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    """(B, D) of (B, T, D)."""
+    return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1].float()
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """(B, D) of (B, T, D). The first token is the same for all texts, and may be all there is."""
+    mask = mask.clone()
+    mask[:, 0] = mask.sum(1) == 1
+    weights = mask / mask.sum(1, keepdim=True)
+    return torch.einsum("btd,bt->bd", states.float(), weights.float())
+
+
+class _Reached(Exception):
+    """The block has run whose states are wanted."""
+
+
 @torch.no_grad()
-def _passes(
-    base: AdaptedModel, texts: Sequence[str], block: nn.Module | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """States (B, T, D) after a block, or after the final norm, and their mask (B, T), for a few texts at a time."""
-    tokenizer = base.tokenizer
+def _states(
+    base: AdaptedModel,
+    texts: Sequence[str],
+    reduce: Callable[[Tensor, Tensor], Tensor],
+    block: nn.Module | None = None,
+) -> Vectors:
+    """(n, D) float32: what `reduce` makes of states after a block, or after the final norm, and their mask.
+
+    Texts of like length go together. Blocks after the wanted one are not run, so the base must not be partitioned:
+    ZeRO-3 would wait for them.
+    """
     device = next(base.model.parameters()).device
     kept: list[Tensor] = []
 
     def keep(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
 
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    found = np.empty((len(texts), base.hidden_size), np.float32)
     for start in range(0, len(texts), TEXTS_PER_PASS):
-        batch = list(texts[start : start + TEXTS_PER_PASS])
-        encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="right").to(device)
+        chosen = order[start : start + TEXTS_PER_PASS]
+        encoded = base.tokenizer(
+            [texts[index] for index in chosen], return_tensors="pt", padding=True, padding_side="right"
+        ).to(device)
+        mask = encoded["attention_mask"]
         hook = block.register_forward_hook(keep) if block is not None else None
         try:
-            states = base.hidden_states(encoded["input_ids"], encoded["attention_mask"])
+            kept.append(base.hidden_states(encoded["input_ids"], mask))
+        except _Reached:
+            pass
         finally:
             if hook is not None:
                 hook.remove()
-        yield (kept.pop() if block is not None else states), encoded["attention_mask"]
+        found[chosen] = reduce(kept.pop(), mask).cpu().numpy()
+    return found

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hl_scale.data.shards import hash_file
+from hl_scale.data.durable import hash_file
 from hl_scale.engine import zero3
 from hl_scale.engine.zero3 import World
 

@@ -31,8 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hl_scale.data.durable import flush, write_text
-from hl_scale.data.shards import hash_file
+from hl_scale.data.durable import flush, hash_file, write_text
 from hl_scale.engine import zero3
 from hl_scale.engine.checkpoint import (
     LATEST,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,16 @@ import numpy as np
 
 from hl_scale.base import AdaptedModel
 from hl_scale.conditions import typology
-from hl_scale.conditions.descriptions import Encoder, SentenceEncoder, Vectors, embed, encoder_width, scaled
+from hl_scale.conditions.descriptions import (
+    Encoder,
+    SentenceEncoder,
+    Vectors,
+    embed,
+    encoder_width,
+    part_file,
+    parts,
+    scaled,
+)
 from hl_scale.conditions.typology import Condition
 from hl_scale.config import ConditionsConfig, Config, ConfigError
 from hl_scale.data.tasks import Task, load_tasks, open_tasks
@@ -62,6 +71,10 @@ class DescriptionConditions:
     def embed(self, texts: Sequence[str]) -> Vectors:
         """(n, width) embeddings, kept on disk."""
         return embed(texts, self.encoder, self.directory)
+
+    def is_embedded(self, part: Sequence[str]) -> bool:
+        """Whether a part (see `descriptions.parts`) is on disk."""
+        return part_file(part, self.encoder, self.directory).is_file()
 
     def vectors(self, embeddings: Vectors, variety: str) -> Vectors:
         """(n, C): embeddings, and the vector of a variety ("" is Standard English) where it belongs to conditions."""
@@ -189,19 +202,27 @@ class TaskVectors:
         if isinstance(self.conditions, OneHotConditions):
             self._vectors = [self.conditions.vector(number) for number in range(len(self.tasks))]
             return
-        texts = [text for task in self.tasks for text in task.descriptions]
-        embeddings, start = self.conditions.embed(texts), 0
+        embeddings, start = self.conditions.embed(self._texts), 0
         for task in self.tasks:
             own = embeddings[start : start + len(task.descriptions)]
             self._vectors.append(self.conditions.vectors(own, task.variety))
             start += len(task.descriptions)
 
-    def prepare_together(self, world: World) -> None:
-        """`prepare` on rank 0, which writes to disk, then on the others; collective."""
-        for turn in (True, False):
-            with zero3.together(world):
-                if world.is_main == turn:
-                    self.prepare()
+    def prepare_together(self, world: World, report: Callable[[str], None]) -> None:
+        """`prepare`, shared out over the ranks; collective. `report` is told what goes on."""
+        with zero3.together(world):
+            if isinstance(self.conditions, DescriptionConditions):
+                mine = parts(self._texts)[world.rank :: world.size]
+                missing = [part for part in mine if not self.conditions.is_embedded(part)]
+                for done, part in enumerate(missing):
+                    report(f"embedding descriptions: {done}/{len(missing)} parts")
+                    self.conditions.embed(part)
+        with zero3.together(world):
+            self.prepare()
+
+    @property
+    def _texts(self) -> list[str]:
+        return [text for task in self.tasks for text in task.descriptions]
 
     def counts(self) -> list[int]:
         """Wordings per task."""

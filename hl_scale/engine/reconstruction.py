@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.config import Config, ConfigError
+from hl_scale.data.durable import hash_file
 from hl_scale.data.library import Library
 from hl_scale.data.sampling import TaskSampler
-from hl_scale.data.shards import hash_file
 from hl_scale.data.tasks import TaskSet
 from hl_scale.engine.conditions import TaskVectors
 from hl_scale.engine.training_module import TrainingModule, is_finite
@@ -100,8 +100,7 @@ class ReconstructionWorkload:
 
     def prepare(self, world: World, report: Callable[[str], None]) -> None:
         """Embed descriptions, and go through the library once for its statistics; collective."""
-        report("embedding descriptions")
-        self.vectors.prepare_together(world)
+        self.vectors.prepare_together(world, report)
         report(f"reading the library: {len(self.tasks)} adapters")
         names = [task.name for task in self.tasks]
         statistics = self.library.statistics(names, canonical=self.config.reconstruction.canonical)

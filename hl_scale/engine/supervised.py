@@ -163,9 +163,8 @@ class SupervisedWorkload:
         return [self.format.description(text) for text in descriptions]
 
     def prepare(self, world: World, report: Callable[[str], None]) -> None:
-        """Embed descriptions; rank 0 writes them, the others read; collective."""
-        report("embedding descriptions")
-        self.vectors.prepare_together(world)
+        """Embed descriptions; collective."""
+        self.vectors.prepare_together(world, report)
 
     def module(self, hypernetwork: Hypernetwork) -> SupervisedModule:
         return SupervisedModule(hypernetwork, self.base, self.config)

@@ -7,7 +7,6 @@ provenance, is kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hl_scale.conditions import typology
+from hl_scale.data.durable import hash_file
 from hl_scale.lora import LoraFactors, Slot
 from hl_scale.serving.export import (
     CONFIG_FILE,
@@ -271,7 +271,7 @@ def _difference(directory: Path, config: dict[str, Any], facts: dict[str, Any]) 
     try:
         found = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
         digest = found["files"][WEIGHTS_FILE]["sha256"]
-        whole = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest() == digest
+        whole = hash_file(directory / WEIGHTS_FILE) == digest
         same_config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")) == config
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "it is no whole adapter"

@@ -11,7 +11,6 @@ adapters, in float64.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import hl_scale
+from hl_scale.data.durable import hash_file
 from hl_scale.data.library import Library
 from hl_scale.data.peft_directory import PROVENANCE_FILE, WEIGHTS_FILE
 from hl_scale.lora import LoraFactors, Slot
@@ -155,7 +155,7 @@ def compress_adapters(
         }
         if measure is not None:
             facts["divergence"] = dict(measure(library, staged))
-        files = {name: {"sha256": _sha256(staging / name)} for name in (TENSORS_FILE, MANIFEST_FILE)}
+        files = {name: {"sha256": hash_file(staging / name)} for name in (TENSORS_FILE, MANIFEST_FILE)}
         write_json(staging / PROVENANCE_FILE, {**facts, "files": files})
     return CompressedAdapters(Path(directory), manifest)
 
@@ -171,7 +171,7 @@ def open_compressed(directory: str | os.PathLike[str]) -> CompressedAdapters:
     try:
         facts = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
         digests = {name: facts["files"][name]["sha256"] for name in (TENSORS_FILE, MANIFEST_FILE)}
-        damaged = [name for name, digest in digests.items() if _sha256(directory / name) != digest]
+        damaged = [name for name, digest in digests.items() if hash_file(directory / name) != digest]
         if damaged:
             raise CompressionError(f"{directory / damaged[0]} is damaged: its sha256 is not the recorded one{fix}")
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -290,8 +290,3 @@ class _Work:
 def _relative(square_error: float, square_norm: float) -> float:
     """Ratio of norms; 0 of nothing. Without differences between adapters every error is large: capped at 1."""
     return min(1.0, math.sqrt(square_error / square_norm)) if square_norm > 0 else 0.0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

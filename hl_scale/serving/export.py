@@ -32,6 +32,7 @@ from hl_scale.base import TaskAdapter
 from hl_scale.base.loading import base_reference
 from hl_scale.conditions import typology
 from hl_scale.config import LoraConfig
+from hl_scale.data.durable import hash_file
 from hl_scale.data.peft_directory import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
 from hl_scale.hypernetwork.fingerprint import weights_fingerprint
 from hl_scale.lora import LoraFactors, Slot, lora_scale
@@ -213,7 +214,7 @@ def write_adapter_files(
     tensors = peft_tensors(factors if factors.rank == config["r"] else pad_rank(factors, config["r"]))
     sources = [TensorSource.of(name, tensor) for name, tensor in tensors.items()]
     write_safetensors(directory / WEIGHTS_FILE, sources, header)
-    digest = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
+    digest = hash_file(directory / WEIGHTS_FILE)
     facts = {**facts, "files": {WEIGHTS_FILE: {"sha256": digest}}}
     write_json(directory / CONFIG_FILE, config)
     write_json(directory / PROVENANCE_FILE, facts)

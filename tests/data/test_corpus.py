@@ -15,8 +15,9 @@ from hl_scale.config import DialectDataConfig
 from hl_scale.data import corpus as corpus_module
 from hl_scale.data.corpus import load_corpus, prepare_corpus
 from hl_scale.data.dialects import DialectEngine, Transformed
+from hl_scale.data.durable import hash_file
 from hl_scale.data.generation import STANDARD, VIRTUAL, DialectActor, RowPlan, counter
-from hl_scale.data.shards import CorpusError, hash_file
+from hl_scale.data.shards import CorpusError
 
 NIGERIAN = "Nigerian English"
 AAVE = "Urban African American Vernacular English"

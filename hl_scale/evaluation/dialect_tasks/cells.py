@@ -9,7 +9,6 @@ says is read; any other is made again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hl_scale.data.durable import write_text
+from hl_scale.data.durable import hash_file, write_text
 from hl_scale.evaluation.provenance import content_hash
 from hl_scale.serving.staging import staged_directory
 
@@ -107,7 +106,7 @@ class CellStore:
             return None
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-            damaged = [name for name, digest in tree["files"].items() if _sha256(directory / name) != digest]
+            damaged = [name for name, digest in tree["files"].items() if hash_file(directory / name) != digest]
             if content_hash(tree["key"]) != content_hash(key):
                 raise ValueError("another key")
             if damaged:
@@ -127,10 +126,5 @@ def slug(name: str) -> str:
 def _finish(directory: Path, key: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write cell.json, which makes the other files count."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != CELL_FILE]
-    files = {str(path.relative_to(directory)): _sha256(path) for path in paths}
+    files = {str(path.relative_to(directory)): hash_file(path) for path in paths}
     write_text(directory / CELL_FILE, json.dumps({"key": key, "facts": facts, "files": files}, indent=1) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ adapter_config.json  adapter_model.safetensors  hl_provenance.json  README.md  h
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import hl_scale
 from hl_scale.base import AdaptedModel
 from hl_scale.config import BaseModelConfig, LoraConfig
+from hl_scale.data.durable import hash_file
 from hl_scale.data.labelled import TaskFacts
 from hl_scale.data.peft_directory import WEIGHTS_FILE, AdapterError, read_adapter, read_json
 from hl_scale.evaluation.labelled.head import ClassifierHead
@@ -80,7 +80,7 @@ def write_task_adapter(
         write_adapter_files(staging, adapter.factors, config, provenance)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.head.state_dict().items()}
         save_file(weights, staging / HEAD_FILE)
-        files = {name: {"sha256": _sha256(staging / name)} for name in (HEAD_FILE, WEIGHTS_FILE)}
+        files = {name: {"sha256": hash_file(staging / name)} for name in (HEAD_FILE, WEIGHTS_FILE)}
         facts = {**adapter.facts, "head": _head_facts(adapter.head), "files": files}
         (staging / HEAD_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -96,7 +96,7 @@ def load_task_adapter(directory: str | os.PathLike[str], base: AdaptedModel) -> 
     try:
         facts = read_json(directory / HEAD_FACTS)
         adapter = read_adapter(directory)
-        changed = [name for name, file in facts["files"].items() if _sha256(directory / name) != file["sha256"]]
+        changed = [name for name, file in facts["files"].items() if hash_file(directory / name) != file["sha256"]]
         if changed:
             raise AdapterError(f"{', '.join(changed)} is not what {HEAD_FACTS} says")
         strangers = [slot.path for slot in adapter.slots if slot.path not in base.linears]
@@ -124,7 +124,3 @@ def load_task_adapter(directory: str | os.PathLike[str], base: AdaptedModel) -> 
 def _head_facts(head: ClassifierHead) -> dict[str, Any]:
     task = {"name": head.task.name, "kind": head.task.kind, "labels": list(head.task.labels)}
     return {"task": task, "pooling": head.pooling, "center": head.center, "spread": head.spread}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
