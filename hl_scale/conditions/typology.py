@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 NUM_FEATURES = 235
 STANDARD = "Standard American English"
+WEIGHTINGS: tuple[str, ...] = ("binary", "attestation", "implementable")
 
 Vector = npt.NDArray[np.float32]
 
@@ -221,6 +222,15 @@ def coverage(
         raise ConditionError(f"unknown weighting {weighting!r}\n  fix: use binary, attestation or implementable")
     total = weights.sum()
     return float(weights[(training > 0).any(axis=0)].sum() / total) if total else 1.0
+
+
+def distance(first: str, second: str) -> float:
+    """Euclidean distance of the vectors of two varieties.
+
+    Raises:
+        UnknownVarietyError: see `resolve`.
+    """
+    return float(np.linalg.norm(vector(first).astype(np.float64) - vector(second)))
 
 
 def checked_vector(values: npt.ArrayLike, name: str = "condition") -> Vector:

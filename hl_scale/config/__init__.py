@@ -1,6 +1,6 @@
 """The whole configuration of a run: typed, strict, and free of torch."""
 
-from hl_scale.config.data import DataConfig, DialectDataConfig, SentenceSource, TaskDataConfig, TaskSource
+from hl_scale.config.data import DataConfig, DialectDataConfig, PairSource, SentenceSource, TaskDataConfig, TaskSource
 from hl_scale.config.labelled import LabelledConfig, LabelledDataConfig, TaskAdapterConfig, load_labelled_config
 from hl_scale.config.learning import (
     AlignmentConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DialectDataConfig",
+    "PairSource",
     "EvaluationConfig",
     "HypernetworkConfig",
     "LabelledConfig",

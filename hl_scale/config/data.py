@@ -34,6 +34,20 @@ class SentenceSource(Section):
         return self
 
 
+class PairSource(Section):
+    kind: Literal["jsonl", "gettext"]
+    """`jsonl`: an object a line with a Standard English sentence, its form in another variety, and that variety;
+    `gettext`: compiled message catalogues, LANGUAGE/LC_MESSAGES/*.mo, English messages with their translations."""
+    path: str
+    """File or glob."""
+    standard: str = "standard"
+    """`jsonl`: column of the Standard English sentence."""
+    dialect: str = "dialect"
+    """`jsonl`: column of its form in the variety."""
+    variety: str = "variety"
+    """`jsonl`: column of the variety's name."""
+
+
 class DataConfig(Section):
     """What both kinds of training data have."""
 
@@ -50,14 +64,20 @@ class DataConfig(Section):
 class DialectDataConfig(DataConfig):
     kind: Literal["dialects"] = "dialects"
     """Parallel sentences, Standard English beside a dialect form."""
-    sources: tuple[SentenceSource, ...] = Field(min_length=1)
+    sources: tuple[SentenceSource, ...] = ()
     """Sentence sources, pooled."""
-    mode: Literal["virtual", "named"] = "virtual"
-    """`virtual`: each sentence gets random feature mixtures of its own; `named`: those of `training_varieties`."""
+    pairs: tuple[PairSource, ...] = ()
+    """`parallel`: sources of pairs, pooled."""
+    mode: Literal["virtual", "named", "parallel"] = "virtual"
+    """`virtual`: each sentence gets random feature mixtures of its own; `named`: those of `training_varieties`;
+    `parallel`: nothing is transformed, `pairs` hold both sides."""
+    vectors: Literal["ewave", "lang2vec"] = "ewave"
+    """`ewave`: varieties of English; `lang2vec`: languages, by ISO 639 codes (`parallel`)."""
     training_varieties: tuple[str, ...] = ()
-    """Varieties trained on in `named` mode; their vectors and texts are the only ones seen."""
+    """Varieties trained on in `named` mode; their vectors and texts are the only ones seen. In `parallel` mode all that
+    are not in `evaluation_varieties`, unless given."""
     evaluation_varieties: tuple[str, ...] = ()
-    """Varieties whose held-out sentences are transformed for evaluation (seen or unseen)."""
+    """Varieties whose held-out sentences are kept for evaluation (seen or unseen)."""
     training_sentences: int = Field(default=1000, ge=1)
     """Standard English sentences used for training."""
     heldout_sentences: int = Field(default=200, ge=1)
@@ -81,6 +101,10 @@ class DialectDataConfig(DataConfig):
     def _modes_agree(self) -> DialectDataConfig:
         if self.mode == "named" and not self.training_varieties:
             raise ValueError("mode 'named' needs data.training_varieties")
+        if self.mode == "parallel" and not (self.pairs and not self.sources):
+            raise ValueError("mode 'parallel' needs data.pairs, and no data.sources")
+        if self.mode != "parallel" and (self.pairs or self.vectors != "ewave" or not self.sources):
+            raise ValueError(f"mode {self.mode!r} needs data.sources, no data.pairs, and vectors 'ewave'")
         if self.minimum_density > self.maximum_density:
             raise ValueError("minimum_density is larger than maximum_density")
         if self.minimum_words > self.maximum_words:

@@ -52,6 +52,11 @@ class TextToLoraConfig(Section):
     """`zero_delta`: delta W = 0 at step 0; `published`: M and S share one bias between A and B, so it is not."""
     generate_per_block: bool = False
     """Generate the factors of each block where it is recomputed (base.gradient_checkpointing)."""
+    condition_tokens: int | None = Field(default=None, ge=1)
+    """A condition is so many vectors, one a token, which are pooled by attention: conditions.maximum_tokens, with
+    conditions.encoder = base_tokens."""
+    pooling_queries: int = Field(default=8, ge=1)
+    """Learned queries of that attention, each with a head of 64 entries."""
 
     @property
     def learns_conditions(self) -> bool:
@@ -69,6 +74,10 @@ AnyHypernetworkConfig = Annotated[
 ]
 
 
+OF_BASE = ("base", "base_mean", "base_tokens")
+"""Encoders that are the base itself."""
+
+
 class ConditionsConfig(Section):
     kind: Literal["auto", "typology", "descriptions", "one_hot"] = "auto"
     """`typology`: a variety's feature vector; `descriptions`: embedded task descriptions; `one_hot`: a unit vector per
@@ -76,7 +85,8 @@ class ConditionsConfig(Section):
     encoder: str = "package:all-minilm-l6-v2"
     """Of descriptions: `package:all-minilm-l6-v2` (carried by a PyPI package), a directory or hub id of a
     sentence-transformers model; `base`: the base model's own state at the last token; `base_mean`: the mean of its
-    states after a third of its blocks, standardised. Several, joined by " + ", stand side by side."""
+    states after a third of its blocks, standardised. Several, joined by " + ", stand side by side. `base_tokens`: those
+    states themselves, a vector for each token up to `maximum_tokens`, for hypernetwork.condition_tokens."""
     encoder_revision: str | None = None
     """Hub revision of the encoder."""
     maximum_tokens: int = Field(default=256, ge=8)
@@ -92,6 +102,8 @@ class ConditionsConfig(Section):
         names = value.split(" + ")
         if not all(name.strip() for name in names) or len(set(names)) < len(names):
             raise ValueError("each encoder is named once, with ' + ' between them")
+        if "base_tokens" in names and len(names) > 1:
+            raise ValueError("base_tokens stands alone: its embedding has a vector for each token")
         return value
 
     @property
@@ -102,7 +114,7 @@ class ConditionsConfig(Section):
     @property
     def sentence_encoders(self) -> tuple[str, ...]:
         """Those that are models of their own; none for one-hot conditions."""
-        return () if self.kind == "one_hot" else tuple(n for n in self.encoders if n not in ("base", "base_mean"))
+        return () if self.kind == "one_hot" else tuple(name for name in self.encoders if name not in OF_BASE)
 
     @property
     def base_encodes(self) -> bool:

@@ -18,6 +18,7 @@ from hl_scale.config.learning import (
     HypernetworkConfig,
     ReconstructionConfig,
     SupervisedConfig,
+    TextToLoraConfig,
 )
 from hl_scale.config.section import Section
 
@@ -206,6 +207,20 @@ class Config(Section):
     zero3: Zero3Config = Zero3Config()
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _tokens_are_pooled(self) -> Config:
+        if not isinstance(self.hypernetwork, TextToLoraConfig):
+            return self
+        tokens = self.conditions.encoder == "base_tokens" and self.conditions.kind != "one_hot"
+        expected = self.conditions.maximum_tokens if tokens else None
+        if self.hypernetwork.condition_tokens != expected:
+            raise ValueError(
+                f"hypernetwork.condition_tokens = {self.hypernetwork.condition_tokens} does not fit "
+                f"conditions.encoder = {self.conditions.encoder!r}: set it to {expected or 'null'}"
+                + (", conditions.maximum_tokens" if tokens else "")
+            )
+        return self
 
     @property
     def dialects(self) -> DialectDataConfig:

@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,18 @@ import pyarrow.compute as pc
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hl_scale.conditions import typology
+from hl_scale.conditions.sources import Typology, source
 from hl_scale.config import DialectDataConfig
 from hl_scale.data.dialects import approximate_rules, engine_versions, unavailable_rules
 from hl_scale.data.generation import (
-    PAIR_SCHEMA,
     SENTENCE_SCHEMA,
     STANDARD,
     RowPlan,
+    pair_schema,
     transform_sentences,
 )
-from hl_scale.data.resources import Resource, ResourceError, ensure_resources, resource_directory
+from hl_scale.data.parallel import load_pairs
+from hl_scale.data.resources import ResourceError, ensure_resources, resource_directory
 from hl_scale.data.sentences import Sentence, SentencePool, digest_texts, load_sentences
 from hl_scale.data.shards import (
     FORMAT_VERSION,
@@ -53,16 +57,15 @@ _FAILURE_SCHEMA = pa.schema(
 )  # fmt: skip
 _FAILURES_IN_MANIFEST = 100
 # Settings that decide nothing about the rows.
-_NOT_IN_FINGERPRINT = {"kind", "directory", "num_workers", "maximum_tokens", "sources"}
+_NOT_IN_FINGERPRINT = {"kind", "directory", "num_workers", "maximum_tokens", "sources", "pairs"}
 
 
 @dataclass(frozen=True)
 class Pair:
     """A Standard English sentence and its dialect form.
 
-    `variety` is `virtual`, `standard` (an identity pair) or a full eWAVE name; `vector` (235,) float32 is the
-    condition; `rules` are the rules that changed the text. `pair_id` is the row's number in the plan, with gaps where
-    rows failed.
+    `variety` is `virtual`, `standard` (an identity pair) or a full name, `vector` (C,) float32 the condition; `rules`
+    changed the text. `pair_id` is the row's number in the plan, with gaps where rows failed.
     """
 
     pair_id: int
@@ -103,7 +106,12 @@ class Corpus:
     @cached_property
     def train(self) -> list[Pair]:
         """Training pairs by pair_id: random mixtures or named varieties, and identity pairs."""
-        return _pairs(read_shards(self.directory, self.manifest, "train", PAIR_SCHEMA))
+        return self._read("train")
+
+    @cached_property
+    def source(self) -> Typology:
+        """Where the vectors of its varieties come from."""
+        return source(self.manifest.get("config", {}).get("vectors", "ewave"))
 
     @property
     def heldout_varieties(self) -> tuple[str, ...]:
@@ -117,8 +125,8 @@ class Corpus:
             UnknownVarietyError: no such variety.
             CorpusError: the corpus holds no held-out sentence in it.
         """
-        name = typology.resolve(variety)
-        if name == typology.STANDARD:
+        name = self.source.resolve(variety)
+        if name == self.source.STANDARD:
             return self._heldout_standard
         if name not in self._heldout:
             there = "; ".join((STANDARD, *self.heldout_varieties))
@@ -131,7 +139,7 @@ class Corpus:
     @cached_property
     def _heldout(self) -> dict[str, list[Pair]]:
         found = defaultdict(list)
-        for pair in _pairs(read_shards(self.directory, self.manifest, "heldout", PAIR_SCHEMA)):
+        for pair in self._read("heldout"):
             found[pair.variety].append(pair)
         return dict(found)
 
@@ -139,12 +147,16 @@ class Corpus:
     def _heldout_standard(self) -> list[Pair]:
         table = read_shards(self.directory, self.manifest, "sentences", SENTENCE_SCHEMA)
         rows = table.filter(pc.field("split") == "heldout").to_pylist()
-        zeros = typology.vector(STANDARD)
+        zeros = self.source.vector(self.source.STANDARD)
         first = self.manifest["rows"]["planned"]
         return [
             Pair(first + number, row["sentence_id"], STANDARD, zeros, row["text"], row["text"], ())
             for number, row in enumerate(rows)
         ]
+
+    def _read(self, split: str) -> list[Pair]:
+        width = self.source.NUM_FEATURES
+        return _pairs(read_shards(self.directory, self.manifest, split, pair_schema(width)), width)
 
 
 def load_corpus(directory: str | Path) -> Corpus:
@@ -174,42 +186,85 @@ def prepare_corpus(data: DialectDataConfig, *, force: bool = False) -> PreparedC
         stays as it was.
     """
     directory = Path(data.directory)
-    plan = RowPlan.from_config(data)
-    pool = load_sentences(data)
-    resources = ensure_resources()
-    missing = [found.detail for found in resources.values() if found.required and not found.available]
-    if missing:
-        raise ResourceError("\n".join(missing))
-    settings = _settings(data, plan, pool, resources)
+    material = _parallel(data) if data.mode == "parallel" else _transformed(data)
+    settings = material.settings
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if not force:
         existing = _intact(directory, fingerprint)
         if existing is not None:
             return PreparedCorpus(directory, existing, reused=True)
     with replaced_directory(directory) as fresh:
-        body = _write_rows(fresh, data, plan, pool, settings["unavailable_rules"])
+        body = _write_rows(fresh, data, material)
         manifest = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **settings, **body}
         write_manifest(fresh, manifest)
     return PreparedCorpus(directory, manifest, reused=False)
 
 
-def _settings(
-    data: DialectDataConfig, plan: RowPlan, pool: SentencePool, resources: dict[str, Resource]
-) -> dict[str, Any]:
-    """Everything that decides the rows; its hash tells whether an existing corpus is the one asked for."""
+@dataclass(frozen=True)
+class _Material:
+    """What a corpus is written from. `settings` decide the rows: their hash tells whether an existing corpus is the one
+    asked for. `tables` has columns of `row_schema(width)`, `planned` rows in all."""
+
+    settings: dict[str, Any]
+    pool: SentencePool
+    planned: int
+    tables: Callable[[], Iterator[pa.Table]]
+    width: int
+
+
+def _transformed(data: DialectDataConfig) -> _Material:
+    """Rows that the dialect engine makes."""
+    plan, pool = RowPlan.from_config(data), load_sentences(data)
+    resources = ensure_resources()
+    missing = [found.detail for found in resources.values() if found.required and not found.available]
+    if missing:
+        raise ResourceError("\n".join(missing))
     lacking = unavailable_rules(resources)
     for rule, reason in lacking.items():
         logger.info("rule %s cannot fire: %s", rule, reason)
-    return {
-        "seed": data.seed,
-        "config": data.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
-        "training_varieties": list(plan.training_varieties),
-        "evaluation_varieties": list(plan.evaluation_varieties),
-        "sources": list(pool.sources),
-        "splits": {"train": _split(pool.training), "heldout": _split(pool.heldout)},
+    planned = len(pool.training) * plan.rows_per_training_sentence + len(pool.heldout) * len(plan.evaluation_varieties)
+    settings = {
+        **_settings(data, pool, plan.training_varieties, plan.evaluation_varieties),
         "versions": engine_versions(resources),
         "unavailable_rules": lacking,
         "approximate_rules": approximate_rules(),
+    }
+
+    def tables() -> Iterator[pa.Table]:
+        return transform_sentences(
+            _sentence_table(pool),
+            plan,
+            num_workers=data.num_workers,
+            directory=str(resource_directory()),
+            unavailable=lacking,
+        )
+
+    return _Material(settings, pool, planned, tables, typology.NUM_FEATURES)
+
+
+def _parallel(data: DialectDataConfig) -> _Material:
+    """Rows that are there already."""
+    pairs = load_pairs(data)
+    settings = {
+        **_settings(data, pairs.sentences, pairs.training_varieties, pairs.evaluation_varieties),
+        "versions": {name: version(name) for name in (["lang2vec"] if data.vectors == "lang2vec" else ["value-nlp"])},
+        "unavailable_rules": {},
+        "approximate_rules": {},
+    }
+    return _Material(settings, pairs.sentences, pairs.planned, pairs.tables, pairs.vectors.NUM_FEATURES)
+
+
+def _settings(
+    data: DialectDataConfig, pool: SentencePool, training: Sequence[str], evaluation: Sequence[str]
+) -> dict[str, Any]:
+    of_pairs = set() if data.mode == "parallel" else {"vectors"}
+    return {
+        "seed": data.seed,
+        "config": data.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT | of_pairs),
+        "training_varieties": list(training),
+        "evaluation_varieties": list(evaluation),
+        "sources": list(pool.sources),
+        "splits": {"train": _split(pool.training), "heldout": _split(pool.heldout)},
     }
 
 
@@ -237,33 +292,24 @@ def _intact(directory: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest
 
 
-def _write_rows(
-    directory: Path, data: DialectDataConfig, plan: RowPlan, pool: SentencePool, lacking: dict[str, str]
-) -> dict[str, Any]:
-    """Transform all sentences, write their shards, and return the part of the manifest that describes the result."""
-    sentences = _sentence_table(pool)
+def _write_rows(directory: Path, data: DialectDataConfig, material: _Material) -> dict[str, Any]:
+    """Make all rows, write their shards, and return the part of the manifest that describes the result."""
+    pairs = pair_schema(material.width)
     writers = {
         name: ShardWriter(directory, name, schema, data.rows_per_shard)
         for name, schema in (
-            *(("sentences", SENTENCE_SCHEMA), ("train", PAIR_SCHEMA)),
-            *(("heldout", PAIR_SCHEMA), ("failures", _FAILURE_SCHEMA)),
+            *(("sentences", SENTENCE_SCHEMA), ("train", pairs)),
+            *(("heldout", pairs), ("failures", _FAILURE_SCHEMA)),
         )
     }
-    writers["sentences"].add(sentences)
+    writers["sentences"].add(_sentence_table(material.pool))
     tally = _Tally()
-    planned = len(pool.training) * plan.rows_per_training_sentence + len(pool.heldout) * len(plan.evaluation_varieties)
     columns = ("[progress.description]{task.description}",)
     with Progress(
         *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task("transforming", total=planned)
-        for rows in transform_sentences(
-            sentences,
-            plan,
-            num_workers=data.num_workers,
-            directory=str(resource_directory()),
-            unavailable=lacking,
-        ):
+        task = progress.add_task("writing pairs", total=material.planned)
+        for rows in material.tables():
             tally.add(rows)
             failed = pc.is_valid(rows["error"])
             writers["failures"].add(rows.filter(failed))
@@ -272,8 +318,8 @@ def _write_rows(
                 writers[split].add(good.filter(pc.equal(good["split"], split)))
             progress.advance(task, rows.num_rows)
     shards = {name: writer.close() for name, writer in writers.items()}
-    tally.check(planned)
-    return {**tally.summary(planned), "shards": shards}
+    tally.check(material.planned)
+    return {**tally.summary(material.planned), "shards": shards}
 
 
 def _sentence_table(pool: SentencePool) -> pa.Table:
@@ -341,12 +387,12 @@ class _Tally:
         }
 
 
-def _pairs(table: pa.Table) -> list[Pair]:
+def _pairs(table: pa.Table, width: int) -> list[Pair]:
     """Rows as pairs; their vectors are read-only views of one array."""
     if not table.num_rows:
         return []
     vectors = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
-    vectors = vectors.reshape(table.num_rows, typology.NUM_FEATURES)
+    vectors = vectors.reshape(table.num_rows, width)
     vectors.setflags(write=False)
     columns = ("pair_id", "sentence_id", "variety", "standard", "dialect", "rules")
     rows = zip(*(table[name].to_pylist() for name in columns), strict=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,21 +36,44 @@ ATTESTATION_VALUES = (0.3, 0.6, 1.0)
 SENTENCE_SCHEMA = pa.schema(
     {"sentence_id": pa.int64(), "split": pa.string(), "index": pa.int64(), "source": pa.int64(), "text": pa.string()}
 )
-PAIR_SCHEMA = pa.schema(
-    {
-        "pair_id": pa.int64(),
-        "sentence_id": pa.int64(),
-        "variety": pa.string(),
-        "vector": pa.list_(pa.float32(), typology.NUM_FEATURES),
-        "standard": pa.string(),
-        "dialect": pa.string(),
-        "rules": pa.list_(pa.string()),
-    }
-)
-ROW_SCHEMA = PAIR_SCHEMA.append(pa.field("split", pa.string())).append(pa.field("error", pa.string()))
 
 _SENTENCES_PER_BLOCK = 32
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def pair_schema(width: int = typology.NUM_FEATURES) -> pa.Schema:
+    """Columns of pairs whose vectors have `width` entries."""
+    return pa.schema(
+        {
+            "pair_id": pa.int64(),
+            "sentence_id": pa.int64(),
+            "variety": pa.string(),
+            "vector": pa.list_(pa.float32(), width),
+            "standard": pa.string(),
+            "dialect": pa.string(),
+            "rules": pa.list_(pa.string()),
+        }
+    )
+
+
+def row_schema(width: int = typology.NUM_FEATURES) -> pa.Schema:
+    """Columns of `pair_schema`, with the split and with why a row failed, if it did."""
+    return pair_schema(width).append(pa.field("split", pa.string())).append(pa.field("error", pa.string()))
+
+
+def row_table(
+    rows: Sequence[tuple[Any, ...]],
+    vectors: Sequence[npt.NDArray[np.float32]],
+    width: int = typology.NUM_FEATURES,
+) -> pa.Table:
+    """A table of `row_schema` from rows without their vectors, and these."""
+    schema = row_schema(width)
+    names = [name for name in schema.names if name != "vector"]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {name: () for name in names}
+    flat = np.concatenate(vectors) if vectors else np.zeros(0, dtype=np.float32)
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), width)
+    lists = {name: pa.array(list(values), schema.field(name).type) for name, values in columns.items()}
+    return pa.table({**lists, "vector": vector}).select(schema.names).cast(schema)
 
 
 @dataclass(frozen=True)
@@ -169,7 +192,7 @@ def transform_sentences(
         unavailable: rules that must be unavailable on every worker, so that all write the same corpus.
 
     Yields:
-        Tables of `ROW_SCHEMA` in the order of the sentences.
+        Tables of `row_schema` in the order of the sentences.
 
     Raises:
         CorpusError: Ray or a worker failed.
@@ -211,21 +234,14 @@ class DialectActor:
             )
 
     def __call__(self, sentences: pa.Table) -> pa.Table:
-        rows: dict[str, list[Any]] = {name: [] for name in ROW_SCHEMA.names if name != "vector"}
-        vectors = []
+        rows, vectors = [], []
         for sentence in sentences.to_pylist():
             for planned in self._plan.rows(sentence["split"], sentence["index"], sentence["text"]):
                 result = self._transform(sentence["text"], planned)
                 vectors.append(planned.vector)
-                values = (
-                    *(planned.pair_id, sentence["sentence_id"], planned.variety, sentence["text"], result.text),
-                    *(list(result.rules), sentence["split"], result.error),
-                )
-                for name, value in zip(rows, values, strict=True):
-                    rows[name].append(value)
-        flat = np.concatenate(vectors) if vectors else np.zeros(0, dtype=np.float32)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), typology.NUM_FEATURES)
-        return pa.table({**rows, "vector": column}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+                values = (planned.pair_id, sentence["sentence_id"], planned.variety, sentence["text"], result.text)
+                rows.append((*values, list(result.rules), sentence["split"], result.error))
+        return row_table(rows, vectors)
 
     def _transform(self, text: str, planned: PlannedRow) -> Transformed:
         if planned.variety == STANDARD:

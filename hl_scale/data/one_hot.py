@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from hl_scale.conditions import typology
 from hl_scale.data.corpus import Corpus, load_corpus
-from hl_scale.data.generation import PAIR_SCHEMA, SENTENCE_SCHEMA
+from hl_scale.data.generation import SENTENCE_SCHEMA, pair_schema
 from hl_scale.data.shards import CorpusError, ShardWriter, read_shards, replaced_directory, write_manifest
 
 
@@ -42,7 +42,7 @@ def one_hot_corpus(corpus: Corpus, directory: str | Path) -> Corpus:
             return found
     except CorpusError:
         pass  # none yet, or damaged: written below, unless other files are in the way
-    table = read_shards(corpus.directory, corpus.manifest, "train", PAIR_SCHEMA)
+    table = read_shards(corpus.directory, corpus.manifest, "train", pair_schema())
     names = table["variety"].to_pylist()
     if "virtual" in names:
         raise CorpusError(
@@ -50,12 +50,12 @@ def one_hot_corpus(corpus: Corpus, directory: str | Path) -> Corpus:
             "  fix: set data.mode=named and data.training_varieties"
         )
     vectors = {name: one_hot_vector(name).tolist() for name in set(names)}
-    column = pa.array([vectors[name] for name in names], type=PAIR_SCHEMA.field("vector").type)
+    column = pa.array([vectors[name] for name in names], type=pair_schema().field("vector").type)
     with replaced_directory(directory) as fresh:
         pairs = table.set_column(table.schema.get_field_index("vector"), "vector", column)
         sentences = read_shards(corpus.directory, corpus.manifest, "sentences", SENTENCE_SCHEMA)
         shards: dict[str, list[dict[str, Any]]] = {name: [] for name in corpus.manifest["shards"]}
-        for name, schema, rows in (("train", PAIR_SCHEMA, pairs), ("sentences", SENTENCE_SCHEMA, sentences)):
+        for name, schema, rows in (("train", pair_schema(), pairs), ("sentences", SENTENCE_SCHEMA, sentences)):
             writer = ShardWriter(fresh, name, schema, rows_per_shard=4096)
             writer.add(rows)
             shards[name] = writer.close()

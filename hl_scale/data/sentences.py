@@ -153,6 +153,11 @@ def _files(source: SentenceSource) -> list[Path]:
 
 
 def _read_text(path: Path, _: str) -> Iterator[str]:
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a file in UTF-8; a SentenceError for any other."""
     try:
         with path.open(encoding="utf-8") as file:
             yield from file
@@ -161,7 +166,7 @@ def _read_text(path: Path, _: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_read_text(path, column), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hl_scale.base import AdaptedModel, TaskAdapter
-from hl_scale.conditions import typology
 from hl_scale.config import Config, ConfigError
 from hl_scale.data.corpus import Corpus, Pair
 from hl_scale.data.sampling import GlobalSampler
@@ -108,8 +107,6 @@ class AlignmentWorkload:
         ConfigError: sentences that are too long or empty.
     """
 
-    condition_size = typology.NUM_FEATURES
-
     def __init__(
         self, config: Config, base: AdaptedModel, corpus: Corpus, task_adapter: TaskAdapter | None = None
     ) -> None:
@@ -117,6 +114,7 @@ class AlignmentWorkload:
         self.config, self.base, self.task_adapter = config, base, task_adapter
         self.pairs = corpus.train
         self.data_fingerprint = corpus_fingerprint(corpus)
+        self.condition_size = corpus.source.NUM_FEATURES
         minimum = 1 + config.alignment.skip_first_token
         lengths = token_lengths(base, corpus.train, config.data.maximum_tokens, minimum)
         self.sampler = GlobalSampler(

@@ -58,11 +58,45 @@ class MeanStateEncoder:
     def encode(self, texts: Sequence[str]) -> Vectors:
         """See `hl_scale.conditions.descriptions.Encoder`."""
         _check(self.states.base, texts, self.maximum_tokens)
+        mean, spread = self.moments
+        return scaled((self.states.encode(texts) - mean) / spread)
+
+    @property
+    def moments(self) -> tuple[Vectors, Vectors]:
+        """Mean and standard deviation of each entry over the project's wordings."""
         if self._moments is None:
             found = embed(self.reference, self.states, self.directory)
             self._moments = found.mean(0), found.std(0) + np.float32(1e-6)
-        mean, spread = self._moments
-        return scaled((self.states.encode(texts) - mean) / spread)
+        return self._moments
+
+
+class TokenStateEncoder:
+    """`encoder: base_tokens`. States after a third of the blocks, one for each token but the first, for a hypernetwork
+    that looks for what it needs among them.
+
+    An embedding is `maximum_tokens` vectors end to end, those of tokens standardised by the moments of `base_mean` and
+    brought to length sqrt(D), the others zero. Arguments as for `MeanStateEncoder`.
+    """
+
+    def __init__(self, base: AdaptedModel, maximum_tokens: int, directory: Path) -> None:
+        self.mean = MeanStateEncoder(base, maximum_tokens, directory)
+        self.maximum_tokens = maximum_tokens
+        self.width = maximum_tokens * base.hidden_size
+        self.fingerprint = f"base_tokens:{maximum_tokens}:{self.mean.fingerprint}"
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """See `hl_scale.conditions.descriptions.Encoder`."""
+        base = self.mean.states.base
+        _check(base, texts, self.maximum_tokens)
+        mean, spread = (torch.from_numpy(values) for values in self.mean.moments)
+
+        def tokens(states: Tensor, mask: Tensor) -> Tensor:
+            known = mask[:, 1:, None].float()
+            found = (states[:, 1:].float() - mean.to(states.device)) / spread.to(states.device)
+            found = found / found.norm(dim=-1, keepdim=True).clamp(min=1e-12) * base.hidden_size**0.5 * known
+            return torch.nn.functional.pad(found, (0, 0, 0, self.maximum_tokens - found.shape[1])).flatten(1)
+
+        return _states(base, texts, tokens, self.mean.states.block, self.width)
 
 
 class _MeanStates:
@@ -107,8 +141,10 @@ def _states(
     texts: Sequence[str],
     reduce: Callable[[Tensor, Tensor], Tensor],
     block: nn.Module | None = None,
+    width: int | None = None,
 ) -> Vectors:
-    """(n, D) float32: what `reduce` makes of states after a block, or after the final norm, and their mask.
+    """(n, width) float32, width D unless given: what `reduce` makes of states after a block, or after the final norm,
+    and of their mask.
 
     Texts of like length go together. Blocks after the wanted one are not run, so the base must not be partitioned:
     ZeRO-3 would wait for them.
@@ -121,7 +157,7 @@ def _states(
         raise _Reached
 
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found = np.empty((len(texts), base.hidden_size), np.float32)
+    found = np.empty((len(texts), width or base.hidden_size), np.float32)
     for start in range(0, len(texts), TEXTS_PER_PASS):
         chosen = order[start : start + TEXTS_PER_PASS]
         encoded = base.tokenizer(

@@ -21,11 +21,12 @@ from hl_scale.conditions.descriptions import (
     parts,
     scaled,
 )
+from hl_scale.conditions.sources import source
 from hl_scale.conditions.typology import Condition
 from hl_scale.config import ConditionsConfig, Config, ConfigError
 from hl_scale.data.tasks import Task, load_tasks, open_tasks
 from hl_scale.engine import zero3
-from hl_scale.engine.base_states import LastStateEncoder, MeanStateEncoder
+from hl_scale.engine.base_states import LastStateEncoder, MeanStateEncoder, TokenStateEncoder
 from hl_scale.engine.zero3 import World
 
 
@@ -41,12 +42,14 @@ class Conditions(Protocol):
 
 
 class TypologyConditions:
-    """Feature vectors of varieties: "dialect:NAME", "standard", "features:FILE.json"."""
+    """Feature vectors of varieties: "dialect:NAME", "standard", and in eWAVE "features:FILE.json"."""
 
-    size = typology.NUM_FEATURES
+    def __init__(self, config: Config) -> None:
+        self.source = source(config.dialects.vectors)
+        self.size = self.source.NUM_FEATURES
 
     def parse(self, text: str) -> Condition:
-        return typology.parse_condition(text)
+        return self.source.parse_condition(text)
 
 
 class DescriptionConditions:
@@ -147,6 +150,8 @@ def open_encoder(settings: ConditionsConfig, base: AdaptedModel, directory: Path
             found.append(LastStateEncoder(base, settings.maximum_tokens))
         elif name == "base_mean":
             found.append(MeanStateEncoder(base, settings.maximum_tokens, directory))
+        elif name == "base_tokens":
+            found.append(TokenStateEncoder(base, settings.maximum_tokens, directory))
         else:
             found.append(SentenceEncoder(settings.only(name)))
     return found[0] if len(found) == 1 else JoinedEncoder(found)
@@ -160,9 +165,11 @@ def condition_size(config: Config, base: AdaptedModel) -> int:
     """
     settings = config.conditions
     if config.data.kind == "dialects":
-        return typology.NUM_FEATURES
+        return source(config.dialects.vectors).NUM_FEATURES
     if settings.kind == "one_hot":
         return len(open_tasks(config.tasks).seen)
+    if settings.encoder == "base_tokens":
+        return settings.maximum_tokens * base.hidden_size + (typology.NUM_FEATURES if settings.with_typology else 0)
     of_base = len(settings.encoders) - len(settings.sentence_encoders)
     widths = [encoder_width(settings.only(name)) for name in settings.sentence_encoders]
     return of_base * base.hidden_size + sum(widths) + (typology.NUM_FEATURES if settings.with_typology else 0)
@@ -171,7 +178,7 @@ def condition_size(config: Config, base: AdaptedModel) -> int:
 def open_conditions(config: Config, base: AdaptedModel) -> Conditions:
     """The conditions of a configuration."""
     if config.data.kind == "dialects":
-        return TypologyConditions()
+        return TypologyConditions(config)
     if config.conditions.kind == "one_hot":
         return OneHotConditions(config)
     return DescriptionConditions(config, base)
@@ -236,4 +243,5 @@ class TaskVectors:
             return found
         width = self.conditions.encoder.width
         noise = np.random.default_rng([self.seed, 7, draw]).normal(scale=self.noise, size=width).astype(np.float32)
+        noise *= found[:width] != 0  # padding stays padding
         return np.concatenate((found[:width] + noise, found[width:]))

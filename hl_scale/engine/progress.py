@@ -120,7 +120,8 @@ class Reporter:
         self._sinks += [_SINKS[name](directory, config) for name in loggers]
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
-        self._started, self._start_step, self._last_line = time.monotonic(), resume_step, 0.0
+        self._first: tuple[float, int] | None = None  # when steps began, and the step before
+        self._last_line = 0.0
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -140,8 +141,10 @@ class Reporter:
             self._bar.update(self._task, completed=step, description=text)
             return
         now = time.monotonic()
+        if self._first is None:
+            self._first = now - metrics["seconds"], step - 1
         if now - self._last_line >= 10 or step == self.total:
-            left = (now - self._started) / max(step - self._start_step, 1) * (self.total - step)
+            left = (now - self._first[0]) / (step - self._first[1]) * (self.total - step)
             self._console.print(f"step {step}/{self.total}  {text}  {left / 60:.1f} min left", highlight=False)
             self._last_line = now
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hl_scale.conditions import typology
+from hl_scale.conditions.sources import Typology
 from hl_scale.data.durable import write_text
 from hl_scale.engine.run import LoadedRun, environment
 from hl_scale.evaluation import provenance, summaries
@@ -120,13 +120,13 @@ def evaluate_dialects(
         plain = _Arm(control, measurer(control)) if control else None
         tokens = arm.measurer.tokenize([pair.standard for pair in heldout.standard])
         standard = _Standard(tokens, arm.measurer.frozen_clouds(tokens))
-        training = TrainingConditions.of(corpus.train)
+        training = TrainingConditions.of(corpus.train, corpus.source)
         rows, values = [], []
         for name in heldout.pairs:
             row, measured = _dialect_row(name, heldout, standard, training, arm, plain, bootstrap)
             rows.append(row)
             values.append(measured)
-        damage = _standard_damage(standard, arm, plain, bootstrap)
+        damage = _standard_damage(standard, arm, plain, bootstrap, corpus.source)
     seen = [bool(row["seen"]) for row in rows]
     result: dict[str, Any] = {
         "evaluation": "dialects",
@@ -140,7 +140,7 @@ def evaluate_dialects(
             "seen": summaries.averages([v for v, s in zip(values, seen, strict=True) if s], bootstrap),
         },
         "standard_english": damage,
-        "adapters": _adapters(list(heldout.pairs), arm),
+        "adapters": _adapters(list(heldout.pairs), arm, corpus.source),
         "caveats": [*CAVEATS, *_control_caveats(run, control)],
         "provenance": _provenance(run, control, corpus, arm.measurer.device),
     }
@@ -157,7 +157,7 @@ def save(result: Mapping[str, Any], run_directory: str | os.PathLike[str]) -> Pa
 
 def _select(corpus: Corpus, varieties: Sequence[str], limit: int | None, seed: int) -> _HeldOut:
     """Held-out pairs of the varieties on at most ``limit`` sentences, the same sentences for every variety."""
-    names = [typology.resolve(name) for name in varieties]
+    names = [corpus.source.resolve(name) for name in varieties]
     if not names:
         raise EvaluationError("data.evaluation_varieties is empty\n  fix: name the varieties to evaluate, then prepare")
     missing = [name for name in names if name not in corpus.heldout_varieties]
@@ -167,7 +167,7 @@ def _select(corpus: Corpus, varieties: Sequence[str], limit: int | None, seed: i
             f"  it has: {', '.join(corpus.heldout_varieties) or 'none'}\n"
             "  fix: run `hl-scale prepare` with these names in data.evaluation_varieties"
         )
-    standard = corpus.heldout(typology.STANDARD)
+    standard = corpus.heldout(corpus.source.STANDARD)
     available = len(standard)
     if limit is not None and limit < available:
         rows = np.random.default_rng(seed).choice(available, size=limit, replace=False)
@@ -244,8 +244,9 @@ def _dialect_row(
     row = {
         "variety": name,
         "seen": name in training.varieties,
-        "wrong": wrong_variety(name, list(heldout.pairs)),
+        "wrong": wrong_variety(name, list(heldout.pairs), training.source),
         "coverage": training.coverage(vectors[OWN]),
+        "nearest": training.nearest(name),
         "base_divergence": bootstrap.mean(measured[BASE], rows).to_dict(),
         **summaries.comparison(values, bootstrap),
         "changed": summaries.comparison(values.part(values.changed), bootstrap),
@@ -260,10 +261,10 @@ def _dialect_row(
 
 
 def _standard_damage(
-    standard: _Standard, arm: _Arm, plain: _Arm | None, bootstrap: SentenceBootstrap
+    standard: _Standard, arm: _Arm, plain: _Arm | None, bootstrap: SentenceBootstrap, source: Typology
 ) -> dict[str, Any]:
     """What Standard English loses: divergence to the base's own states, and language-model loss if there is a head."""
-    zero = np.zeros(typology.NUM_FEATURES, dtype=np.float32)
+    zero = source.vector(source.STANDARD)
     arms = {"zero": arm} if plain is None else {"zero": arm, PLAIN: plain}
     values = {
         name: each.measurer.divergences(standard.tokens, standard.clouds, each.factors(zero))[0]
@@ -293,9 +294,9 @@ def _standard_damage(
     return result
 
 
-def _adapters(names: Sequence[str], arm: _Arm) -> dict[str, Any]:
+def _adapters(names: Sequence[str], arm: _Arm, source: Typology) -> dict[str, Any]:
     """Norm of the generated delta W (all slots together) per condition, and the cosines between them."""
-    vectors = np.stack([*(typology.vector(name) for name in names), np.zeros(typology.NUM_FEATURES, np.float32)])
+    vectors = np.stack([source.vector(name) for name in (*names, source.STANDARD)])
     gram = delta_gram(arm.factors(vectors))
     norms = np.sqrt(np.diag(gram).clip(min=0))
     outer = np.outer(norms, norms)

@@ -189,17 +189,23 @@ def _unchanged_table(result: Result) -> TextTable:
     return TextTable(caption, ["dialect", "unchanged", *(HEADINGS[name] for name in names)], rows)
 
 
+_COVERAGE = {"attestation": "by attestation"}
+
+
 def _coverage_table(result: Result) -> TextTable:
-    header = ["dialect", "in training", "binary", "by attestation", "implementable", "sentences", "base divergence"]
-    header.append("share made worse by own")
+    weightings = list(result["dialects"][0]["coverage"])
+    named = [_COVERAGE.get(weighting, weighting) for weighting in weightings]
+    header = ["dialect", "in training", *named, "sentences", "base divergence"]
+    header += ["share made worse by own", "nearest in training"]
     rows = [
         [
             row["variety"],
             _seen(row),
-            *(f"{row['coverage'][weighting]:.2f}" for weighting in ("binary", "attestation", "implementable")),
+            *(f"{row['coverage'][weighting]:.2f}" for weighting in weightings),
             str(row["sentences"]),
             _interval(row["base_divergence"]),
             f"{row['share_made_worse']:.2f}",
+            f"{near['variety']} ({near['distance']:.2f})" if (near := row.get("nearest")) else "",
         ]
         for row in result["dialects"]
     ]

@@ -58,6 +58,36 @@ class Head(nn.Module):
         return nn.functional.linear(hidden, self.weight).add_(self.bias)
 
 
+class AttentionPooling(nn.Module):
+    """What learned queries find among the vectors of a condition; rows of zeros are padding.
+
+    The mean over tokens hardly tells which word plays which part in a description; this learns where to look. Query i
+    reads the keys and values of its own head: sum_t softmax_t(q_i . K_i x_t / sqrt(d)) V_i x_t.
+
+    Args:
+        inputs: D, entries of a token's vector.
+        queries: how many.
+    """
+
+    HEAD = 64
+
+    def __init__(self, inputs: int, queries: int) -> None:
+        super().__init__()
+        self.width = queries * self.HEAD
+        self.query = nn.Parameter(torch.randn(queries, self.HEAD))
+        self.key = nn.Linear(inputs, self.width)
+        self.value = nn.Linear(inputs, self.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(E, T, D) -> (E, queries * HEAD)."""
+        heads = (*tokens.shape[:2], *self.query.shape)
+        keys, values = self.key(tokens).view(heads), self.value(tokens).view(heads)
+        scores = torch.einsum("etqd,qd->etq", keys, self.query) / math.sqrt(self.HEAD)
+        padding = (tokens == 0).all(-1, keepdim=True)
+        shares = scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(1)
+        return torch.einsum("etq,etqd->eqd", shares, values).flatten(1)
+
+
 class TextToLora(Hypernetwork):
     """Size L; see the module docstring. E conditions, K slots, latent width z."""
 
@@ -68,7 +98,12 @@ class TextToLora(Hypernetwork):
         modules = sorted({slot.module for slot in self.slots})
         self.depth_of_slot = [layers.index(slot.layer) for slot in self.slots]
         self.module_of_slot = [modules.index(slot.module) for slot in self.slots]
-        self.condition = nn.Sequential(nn.Linear(condition_size, z // 2), nn.LayerNorm(z // 2))
+        pooled = condition_size
+        if config.condition_tokens is not None:
+            self.pooling = AttentionPooling(condition_size // config.condition_tokens, config.pooling_queries)
+            pooled = self.pooling.width
+        self.condition_tokens = config.condition_tokens
+        self.condition = nn.Sequential(nn.Linear(pooled, z // 2), nn.LayerNorm(z // 2))
         self.depth_embedding = nn.Sequential(nn.Embedding(len(layers), z // 4), nn.LayerNorm(z // 4))
         self.module_embedding = nn.Sequential(nn.Embedding(len(modules), z // 4), nn.LayerNorm(z // 4))
         self.mixer = nn.Sequential(nn.Dropout(dropout), *_layers(z, z, dropout), nn.Dropout(dropout))
@@ -90,7 +125,10 @@ class TextToLora(Hypernetwork):
         """conditions (E, C) -> factors of all slots for E conditions, or with `generate_per_block` their source."""
         self.check_conditions(conditions)
         device = conditions.device
-        encoded = self.condition(conditions.to(next(self.condition.parameters()).dtype))
+        conditions = conditions.to(next(self.condition.parameters()).dtype)
+        if self.condition_tokens is not None:
+            conditions = self.pooling(conditions.unflatten(1, (self.condition_tokens, -1)))
+        encoded = self.condition(conditions)
         depth = self.depth_embedding(torch.tensor(self.depth_of_slot, device=device))
         module = self.module_embedding(torch.tensor(self.module_of_slot, device=device))
         shape = (conditions.shape[0], len(self.slots), -1)

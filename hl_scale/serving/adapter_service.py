@@ -20,7 +20,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError
 
 from hl_scale.base.loading import base_reference
-from hl_scale.conditions import typology
+from hl_scale.conditions.sources import source
+from hl_scale.conditions.typology import UnknownVarietyError
 from hl_scale.config import Config, ConfigError, load_config
 from hl_scale.config.section import Section
 from hl_scale.data.shards import MANIFEST
@@ -135,7 +136,8 @@ class AdapterService:
         self.metrics = metrics
         self.config = load_config(settings.run / "config.yaml", environment={})
         if self.config.data.kind == "dialects":
-            typology.varieties()  # says now, rather than to a client, that its data is not installed
+            # Says now, rather than to a client, that its data is not installed.
+            source(self.config.dialects.vectors).varieties()
         self.checkpoint = _checkpoint(settings)
         self.step = checkpoint.step_of(self.checkpoint)
         self._base = settings.base or base_reference(self.config.base)  # may convert a packaged model: not in a request
@@ -267,8 +269,9 @@ class AdapterService:
             raise AdapterError(400, f"{kind}: takes 1 to {limit} printable characters, not {len(value)} like these")
         if kind == "dialect":
             try:
-                return f"dialect:{typology.resolve(value)}"
-            except typology.UnknownVarietyError as error:
+                known = source(self.config.dialects.vectors if self.config.data.kind == "dialects" else "ewave")
+                return f"dialect:{known.resolve(value)}"
+            except UnknownVarietyError as error:
                 raise AdapterError(404, str(error)) from None
         return f"{kind}:{value}"
 

@@ -146,10 +146,11 @@ def all_dialects(run: LoadedRun) -> list[Request]:
     """All varieties of eWAVE, in directories named as they are, in lower case with hyphens.
 
     Raises:
-        RequestError: the run's conditions are not dialects.
+        RequestError: the run's conditions are not dialects of English.
     """
-    if run.config.data.kind != "dialects":
-        raise RequestError("this run was trained on tasks, not on dialects\n  fix: list conditions in a file")
+    if run.config.data.kind != "dialects" or run.config.dialects.vectors != "ewave":
+        trained = "tasks" if run.config.data.kind != "dialects" else "languages"
+        raise RequestError(f"this run was trained on {trained}, not on dialects\n  fix: list conditions in a file")
     return [Request(_slug(name), run.conditions.parse(f"dialect:{name}")) for name in typology.varieties()]
 
 

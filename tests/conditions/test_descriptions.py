@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hl_scale.conditions.descriptions import EncoderError, SentenceEncoder, embed
+from hl_scale.conditions import descriptions
+from hl_scale.conditions.descriptions import EncoderError, SentenceEncoder, Vectors, embed
 from hl_scale.config import ConditionsConfig
 
 TEXTS = ["Give the last word of the list.", "Name the final item.", "Is the review kind or unkind?"]
@@ -43,6 +44,31 @@ def test_embeddings_are_computed_once_and_anew_if_their_file_is_damaged(
     np.testing.assert_array_equal(embed(TEXTS, encoder, tmp_path), first)
     embed(TEXTS[:2], encoder, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_interrupted_embedding_goes_on_with_the_parts_that_are_missing(
+    tmp_path: Path, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def encode(texts: list[str]) -> Vectors:
+        asked.append(list(texts))
+        if "stop" in texts and len(asked) < 3:
+            raise Interrupted
+        return plain(texts)
+
+    asked: list[list[str]] = []
+    plain = encoder.encode
+    texts = [*TEXTS, "stop"]
+    expected = plain(texts)
+    monkeypatch.setattr(descriptions, "TEXTS_PER_PART", 3)
+    monkeypatch.setattr(encoder, "encode", encode)
+    with pytest.raises(Interrupted):
+        embed(texts, encoder, tmp_path)
+    found = embed(texts, encoder, tmp_path)
+    assert asked == [TEXTS, ["stop"], ["stop"]]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("text", "reason"), [(" ", "is empty"), ("word " * 400, "tokens, more than 256")])

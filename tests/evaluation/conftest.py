@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -35,6 +35,7 @@ class SmallCorpus:
     train: list[Pair]
     pairs: dict[str, list[Pair]]
     manifest: dict[str, Any] = field(default_factory=lambda: {"fingerprint": "c" * 64, "unavailable_rules": {}})
+    source: ClassVar[Any] = typology
 
     @property
     def heldout_varieties(self) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ def build_run(
     with torch.no_grad():
         for parameter in hypernetwork.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
-    return LoadedRun(directory, config, base, hypernetwork.eval(), TypologyConditions(), 10)
+    return LoadedRun(directory, config, base, hypernetwork.eval(), TypologyConditions(config), 10)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch import Tensor
 from hl_scale.config import LoraConfig, TextToLoraConfig
 from hl_scale.hypernetwork import TextToLora, build_hypernetwork
 from hl_scale.hypernetwork.hyperlora import GeneratedFactors
+from hl_scale.hypernetwork.text_to_lora import AttentionPooling
 from hl_scale.lora import LoraFactors, Slot
 
 FEATURES, RANK = 11, 3
@@ -290,3 +291,34 @@ def test_a_network_in_bfloat16_takes_float32_conditions_and_emits_bfloat16(size:
 def test_conditions_of_the_wrong_length_are_refused() -> None:
     with pytest.raises(ValueError, match=rf"shape \(E, {FEATURES}\), got"):
         build("L")(torch.zeros(2, FEATURES + 1))
+
+
+def test_attention_pooling_is_a_softmax_over_the_tokens_that_are_there_whatever_their_padding() -> None:
+    torch.manual_seed(0)
+    pooling = AttentionPooling(6, 3).double()
+    lengths = (4, 1, 7)
+    tokens = [torch.randn(length, 6, dtype=torch.float64) for length in lengths]
+    padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    found = pooling(torch.nn.functional.pad(padded, (0, 0, 0, 5)))
+    for row, own in zip(found, tokens, strict=True):
+        expected = []
+        for query in range(3):
+            part = slice(64 * query, 64 * (query + 1))
+            keys = own @ pooling.key.weight[part].T + pooling.key.bias[part]
+            values = own @ pooling.value.weight[part].T + pooling.value.bias[part]
+            expected.append((keys @ pooling.query[query] / 8).softmax(0) @ values)
+        torch.testing.assert_close(row, torch.cat(expected))
+
+
+def test_where_padding_stands_changes_nothing_and_what_tokens_are_does() -> None:
+    config = TextToLoraConfig(kind="text_to_lora", latent_width=16, head_width=8, condition_tokens=5, pooling_queries=2)
+    network = build_hypernetwork(config, LoraConfig(rank=2), SLOTS, 5 * 6)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    tokens = torch.randn(2, 3, 6)
+    left, right = (torch.nn.functional.pad(tokens, (0, 0, before, 2 - before)).flatten(1) for before in (0, 2))
+    first, second = network(left), network(right)
+    path = SLOTS[0].path
+    torch.testing.assert_close(first.b[path], second.b[path])
+    assert not torch.allclose(first.b[path][0], first.b[path][1])

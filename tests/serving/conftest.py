@@ -130,7 +130,7 @@ def make_run(tmp_path):
             config=config,
             base=base,
             hypernetwork=hypernetwork,
-            conditions=TypologyConditions(),
+            conditions=TypologyConditions(config),
             step=10,
             directory=str(tmp_path / "runs" / "tiny"),
             data_fingerprint="d" * 64,

@@ -62,7 +62,7 @@ def make_run(gemma, tmp_path):
             for parameter in hypernetwork.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         config = gemma.config.model_copy(update={"lora": lora})
-        return LoadedRun(tmp_path / "run", config, gemma.base, hypernetwork.eval(), TypologyConditions(), 1)
+        return LoadedRun(tmp_path / "run", config, gemma.base, hypernetwork.eval(), TypologyConditions(config), 1)
 
     return make
 
