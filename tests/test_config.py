@@ -48,7 +48,7 @@ def test_every_recipe_loads_and_survives_a_dump(recipe: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.stem)
 def test_every_variety_of_a_recipe_exists_and_its_batch_fits_its_workers(recipe: Path) -> None:
-    from hl_scale.conditions import typology
+    from hl_scale.conditions.sources import source
     from hl_scale.data.sampling import plan_batches
 
     config = load_config(recipe, environment={})
@@ -61,7 +61,7 @@ def test_every_variety_of_a_recipe_exists_and_its_batch_fits_its_workers(recipe:
         )
     )
     for name in varieties:
-        assert typology.resolve(name) == name
+        assert source(config.dialects.vectors).resolve(name) == name
     assert isinstance(config.cluster.num_workers, int)
     plan = plan_batches(config.training.global_batch_size, config.training.micro_batch_size, config.cluster.num_workers)
     assert plan.weight(plan.micro_batch) == 1.0, "all shares are equal"
@@ -214,7 +214,9 @@ def test_remote_code_without_a_revision_is_refused() -> None:
         ({"mode": "named"}, "needs data.training_varieties"),
         ({"minimum_density": 0.7, "maximum_density": 0.2}, "minimum_density is larger"),
         ({"minimum_words": 9, "maximum_words": 3}, "minimum_words is larger"),
-        ({"sources": []}, "at least 1 item"),
+        ({"sources": []}, "mode 'virtual' needs data.sources"),
+        ({"vectors": "lang2vec"}, "belong to mode 'parallel', not to 'virtual'"),
+        ({"mode": "parallel"}, "mode 'parallel' needs data.pairs"),
         ({"sources": [{"kind": "hub"}]}, "needs a path"),
         ({"sources": [{"kind": "vader", "name": "poems"}]}, "one of movie, news, product, tweets"),
     ],

@@ -103,8 +103,10 @@ class DialectDataConfig(DataConfig):
             raise ValueError("mode 'named' needs data.training_varieties")
         if self.mode == "parallel" and not (self.pairs and not self.sources):
             raise ValueError("mode 'parallel' needs data.pairs, and no data.sources")
-        if self.mode != "parallel" and (self.pairs or self.vectors != "ewave" or not self.sources):
-            raise ValueError(f"mode {self.mode!r} needs data.sources, no data.pairs, and vectors 'ewave'")
+        if self.mode != "parallel" and not self.sources:
+            raise ValueError(f"mode {self.mode!r} needs data.sources")
+        if self.mode != "parallel" and (self.pairs or self.vectors != "ewave"):
+            raise ValueError(f"data.pairs and data.vectors belong to mode 'parallel', not to {self.mode!r}")
         if self.minimum_density > self.maximum_density:
             raise ValueError("minimum_density is larger than maximum_density")
         if self.minimum_words > self.maximum_words:
