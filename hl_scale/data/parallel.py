@@ -8,8 +8,6 @@ held out in another.
 from __future__ import annotations
 
 import gettext
-import glob
-import json
 import logging
 import re
 from collections import Counter, defaultdict
@@ -25,7 +23,15 @@ from hl_scale.conditions.sources import Typology, source
 from hl_scale.conditions.typology import UnknownVarietyError
 from hl_scale.config import DialectDataConfig, PairSource
 from hl_scale.data.generation import STANDARD, row_table
-from hl_scale.data.sentences import Sentence, SentenceError, SentencePool, digest_texts, in_order, read_lines
+from hl_scale.data.sentences import (
+    Sentence,
+    SentenceError,
+    SentencePool,
+    digest_texts,
+    matching_files,
+    read_json_lines,
+    split_sentences,
+)
 from hl_scale.data.shards import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -113,28 +119,13 @@ def load_pairs(data: DialectDataConfig) -> ParallelPool:
     if not chosen:
         chosen = tuple(sorted({name for each in forms.values() for name in each} - set(evaluation)))
     wanted = {*chosen, *evaluation}
-    usable = [text for text, each in forms.items() if wanted & each.keys()]
-    sentences = _split(usable, places, fingerprints, data)
+    usable = {text: places[text] for text, each in forms.items() if wanted & each.keys()}
+    counts = "\n".join(f"    {entry['pairs']:>8} pairs of {entry['description']}" for entry in fingerprints)
+    found = f"the pairs have {len(usable)} distinct ones\n{counts}"
+    sentences = split_sentences(usable, fingerprints, data, found, "add a source")
     pool = ParallelPool(sentences, dict(forms), chosen, evaluation, vectors, data.identity_per_sentence)
     _check_varieties(pool)
     return pool
-
-
-def _split(
-    texts: list[str], places: dict[str, int], fingerprints: list[dict[str, Any]], data: DialectDataConfig
-) -> SentencePool:
-    wanted = data.heldout_sentences + data.training_sentences
-    if len(texts) < wanted:
-        counts = "\n".join(f"    {entry['pairs']:>8} pairs of {entry['description']}" for entry in fingerprints)
-        raise SentenceError(
-            f"data: {data.training_sentences} training + {data.heldout_sentences} held-out sentences are asked for, "
-            f"the pairs have {len(texts)} distinct ones\n{counts}\n"
-            "  fix: lower data.training_sentences or data.heldout_sentences, add a source, or widen "
-            f"data.minimum_words..maximum_words (now {data.minimum_words}..{data.maximum_words})"
-        )
-    order = [Sentence(number, text, places[text]) for number, text in enumerate(in_order(texts, data.seed)[:wanted])]
-    heldout, training = order[: data.heldout_sentences], order[data.heldout_sentences :]
-    return SentencePool(tuple(heldout), tuple(training), tuple(fingerprints))
 
 
 def _check_varieties(pool: ParallelPool) -> None:
@@ -155,12 +146,7 @@ def _is_kept(entry: Entry, data: DialectDataConfig) -> bool:
 
 
 def _read(pairs: PairSource, vectors: Typology) -> Iterator[Entry]:
-    files = sorted(path for path in map(Path, glob.glob(pairs.path, recursive=True)) if path.is_file())
-    if not files:
-        raise SentenceError(
-            f"no file matches {pairs.path!r} (pairs of kind {pairs.kind}, looked for from {Path.cwd()})\n"
-            "  fix: correct the path or glob in data.pairs"
-        )
+    files = matching_files(pairs, "data.pairs")
     if pairs.kind == "gettext":
         return _read_catalogues(files, vectors)
     return (entry for path in files for entry in _read_jsonl(path, pairs, vectors))
@@ -168,13 +154,7 @@ def _read(pairs: PairSource, vectors: Typology) -> Iterator[Entry]:
 
 def _read_jsonl(path: Path, pairs: PairSource, vectors: Typology) -> Iterator[Entry]:
     columns = (pairs.standard, pairs.variety, pairs.dialect)
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SentenceError(f"{path} line {number} is not JSON: {error}\n  fix: one JSON object a line") from None
+    for number, row in read_json_lines(path):
         values = [row.get(name) if isinstance(row, dict) else None for name in columns]
         if not all(isinstance(value, str) and value.strip() for value in values):
             raise SentenceError(

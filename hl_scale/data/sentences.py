@@ -12,12 +12,12 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hl_scale.config import DialectDataConfig, SentenceSource
+from hl_scale.config import DialectDataConfig, PairSource, SentenceSource
 from hl_scale.data.resources import ensure_vader_archive, verify_vader_archive
 
 _VADER_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -74,13 +74,35 @@ def load_sentences(data: DialectDataConfig) -> SentencePool:
         )
         for text in texts:
             pooled.setdefault(text, position)
+    counts = "\n".join(f"    {entry['sentences']:>8} {entry['description']}" for entry in fingerprints)
+    found = f"{len(pooled)} distinct ones are there after filtering\n{counts}"
+    return split_sentences(pooled, fingerprints, data, found, "raise a limit, add a source")
+
+
+def split_sentences(
+    pooled: Mapping[str, int],
+    fingerprints: Sequence[dict[str, Any]],
+    data: DialectDataConfig,
+    found: str,
+    remedy: str,
+) -> SentencePool:
+    """Held-out sentences and then training sentences, from the head of the order that `in_order` gives.
+
+    Args:
+        pooled: sentences, each with the index of its source.
+        fingerprints: of the sources.
+        data: how many sentences of either.
+        found, remedy: what an error says there is, and what would add to it.
+
+    Raises:
+        SentenceError: there are fewer than asked for.
+    """
     wanted = data.heldout_sentences + data.training_sentences
     if len(pooled) < wanted:
-        counts = "\n".join(f"    {entry['sentences']:>8} {entry['description']}" for entry in fingerprints)
         raise SentenceError(
             f"data: {data.training_sentences} training + {data.heldout_sentences} held-out sentences are asked for, "
-            f"{len(pooled)} distinct ones are there after filtering\n{counts}\n"
-            "  fix: lower data.training_sentences or data.heldout_sentences, raise a limit, add a source, or widen "
+            f"{found}\n"
+            f"  fix: lower data.training_sentences or data.heldout_sentences, {remedy}, or widen "
             f"data.minimum_words..maximum_words (now {data.minimum_words}..{data.maximum_words})"
         )
     order = in_order(pooled, data.seed)[:wanted]
@@ -138,26 +160,24 @@ def _read(source: SentenceSource) -> Iterator[str]:
     if source.kind == "hub":
         return _read_hub(source)
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    return (text for path in _files(source) for text in readers[source.kind](path, source.column))
+    return (
+        text for path in matching_files(source, "data.sources") for text in readers[source.kind](path, source.column)
+    )
 
 
-def _files(source: SentenceSource) -> list[Path]:
+def matching_files(source: SentenceSource | PairSource, setting: str) -> list[Path]:
+    """Files of a source in the order of their names; a SentenceError, which names the setting, if there are none."""
     paths = sorted(Path(name) for name in glob.glob(str(source.path), recursive=True))
     files = [path for path in paths if path.is_file()]
     if not files:
         raise SentenceError(
             f"no file matches {source.path!r} (a {source.kind} source, looked for from {Path.cwd()})\n"
-            "  fix: correct the path or glob in data.sources"
+            f"  fix: correct the path or glob in {setting}"
         )
     return files
 
 
 def _read_text(path: Path, _: str) -> Iterator[str]:
-    return read_lines(path)
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a file in UTF-8; a SentenceError for any other."""
     try:
         with path.open(encoding="utf-8") as file:
             yield from file
@@ -165,14 +185,20 @@ def read_lines(path: Path) -> Iterator[str]:
         raise SentenceError(f"{path} is not UTF-8 text: {error}\n  fix: convert it to UTF-8") from None
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(read_lines(path), start=1):
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and content of the lines that are not empty; a SentenceError for one that is not JSON."""
+    for number, line in enumerate(_read_text(path, ""), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
             raise SentenceError(f"{path} line {number} is not JSON: {error}\n  fix: one JSON object a line") from None
+        yield number, row
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+    for number, row in read_json_lines(path):
         if not isinstance(row, dict) or column not in row:
             there = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
             raise SentenceError(
