@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hl_scale.conditions import typology
 from hl_scale.conditions.sources import Typology, source
@@ -48,6 +47,7 @@ from hl_scale.data.shards import (
     verify_shards,
     write_manifest,
 )
+from hl_scale.progress import counting_bar
 
 logger = logging.getLogger(__name__)
 
@@ -304,11 +304,7 @@ def _write_rows(directory: Path, data: DialectDataConfig, material: _Material) -
     }
     writers["sentences"].add(_sentence_table(material.pool))
     tally = _Tally()
-    columns = ("[progress.description]{task.description}",)
-    with Progress(
-        *map(TextColumn, columns), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    ) as progress:
-        task = progress.add_task("writing pairs", total=material.planned)
+    with counting_bar("writing pairs", material.planned, True) as advance:
         for rows in material.tables():
             tally.add(rows)
             failed = pc.is_valid(rows["error"])
@@ -316,7 +312,7 @@ def _write_rows(directory: Path, data: DialectDataConfig, material: _Material) -
             good = rows.filter(pc.invert(failed))
             for split in ("train", "heldout"):
                 writers[split].add(good.filter(pc.equal(good["split"], split)))
-            progress.advance(task, rows.num_rows)
+            advance(rows.num_rows)
     shards = {name: writer.close() for name, writer in writers.items()}
     tally.check(material.planned)
     return {**tally.summary(material.planned), "shards": shards}

@@ -34,10 +34,10 @@ from hl_scale.evaluation.measurement import (
     cloud_statistics,
     delta_gram,
 )
-from hl_scale.evaluation.progress import progress_bar
 from hl_scale.evaluation.statistics import SentenceBootstrap
 from hl_scale.evaluation.summaries import BASE, DialectValues
 from hl_scale.objectives.alignment import AlignmentObjective
+from hl_scale.progress import counting_bar
 
 if TYPE_CHECKING:
     from hl_scale.data.corpus import Corpus, Pair
@@ -110,7 +110,8 @@ def evaluate_dialects(
     _check_corpus(run, control, corpus)
     _check_control(run, control)
     bootstrap = SentenceBootstrap(len(heldout.standard), samples=settings.bootstrap_samples, seed=settings.seed)
-    with progress_bar(_passes(heldout, control is not None, run.base.has_head), "sentences", progress) as advance:
+    passes = _passes(heldout, control is not None, run.base.has_head)
+    with counting_bar("evaluating", passes, progress, unit="sentences") as advance:
         objective = AlignmentObjective(run.config.alignment)
 
         def measurer(each: LoadedRun) -> Measurer:

@@ -35,8 +35,8 @@ from hl_scale.evaluation.arms import (
     make_arms,
 )
 from hl_scale.evaluation.measurement import EvaluationError, delta_gram
-from hl_scale.evaluation.progress import progress_bar
 from hl_scale.evaluation.trials import GROUPS, HELDOUT, Trial, make_trials
+from hl_scale.progress import counting_bar
 
 COLLAPSED = 1e-3
 """Variance of updates across tasks, relative to the squared norm of their mean, below which they are called equal."""
@@ -102,7 +102,7 @@ def evaluate_tasks(
     chosen = chosen_arms(possible, arms)
     answerer = Answerer(text, settings.batch_size)
     total = sum(answerer.passes(arm, trials) for arm in chosen.values())
-    with progress_bar(total, "answers", progress) as answerer.advance:
+    with counting_bar("evaluating", total, progress, unit="answers") as answerer.advance:
         answers = {name: answerer.answers(arm, trials, all_outputs=name == OWN) for name, arm in chosen.items()}
     known = summaries.answers_by_input(tasks)
     groups = summaries.group_summaries(trials, answers, settings)

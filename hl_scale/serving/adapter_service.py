@@ -382,11 +382,6 @@ def _checkpoint(settings: ServingSettings) -> Path:
     return chosen[-1]
 
 
-__all__ = [
-    "Adapter", "AdapterError", "AdapterService", "CacheError", "ServingSettings", "settings_from_environment",
-]  # fmt: skip
-
-
 def _identity(config: Config, manifest: bytes) -> str:
     """Of what adapters are made of: the checkpoint, how it is used, and for a task run what its tasks say."""
     used = {
@@ -397,3 +392,8 @@ def _identity(config: Config, manifest: bytes) -> str:
     if config.data.kind == "tasks" and tasks.is_file():
         digest.update(tasks.read_bytes())
     return digest.hexdigest()
+
+
+__all__ = [
+    "Adapter", "AdapterError", "AdapterService", "CacheError", "ServingSettings", "settings_from_environment",
+]  # fmt: skip

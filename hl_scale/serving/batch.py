@@ -21,6 +21,7 @@ import torch
 from hl_scale.conditions import typology
 from hl_scale.data.durable import hash_file
 from hl_scale.lora import LoraFactors, Slot
+from hl_scale.progress import counting_bar
 from hl_scale.serving.export import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -29,19 +30,16 @@ from hl_scale.serving.export import (
     base_arguments,
     check_factors,
     condition_facts,
-    lora_of_sum,
-    pad_rank,
+    factors_of,
     peft_config,
     run_provenance,
     scale_facts,
     write_adapter_files,
 )
-from hl_scale.serving.progress import counting_bar
 from hl_scale.serving.staging import PROVENANCE_FILE, OutputError, check_replaceable, publish, staging_area
 
 if TYPE_CHECKING:
     from hl_scale.base import TaskAdapter
-    from hl_scale.config import LoraConfig
     from hl_scale.engine.run import LoadedRun
 
 PASS_BYTES = 256 * 2**20
@@ -110,10 +108,8 @@ def generate_adapters(
     _refuse("these adapters cannot be generated, nothing was written", _problems_of_names(places))
     if not requests:
         return Generated(directory, (), ())
-    slots, lora, factor = run.base.slots, run.config.lora, run.hypernetwork.scale
-    if with_adapter is not None:
-        (example,) = _factors(run, requests[:1], with_adapter)
-        slots, lora, factor = example.slots, lora_of_sum(example), example.scale
+    example, lora = factors_of(run, torch.tensor(requests[0].condition.vector), with_adapter)
+    slots, factor = example.slots, example.scale
     config = peft_config(slots, lora, **base_arguments(run), profile=profile)
     shared = {**run_provenance(run, requests[0].condition, with_adapter), **scale_facts(lora, factor, profile)}
 
@@ -287,13 +283,8 @@ def _difference(directory: Path, config: dict[str, Any], facts: dict[str, Any]) 
 
 def _factors(run: LoadedRun, requests: Sequence[Request], with_adapter: TaskAdapter | None) -> Iterator[LoraFactors]:
     """Factors of each (E = 1), from one pass."""
-    from hl_scale.engine.run import composed_factors
-
     vectors = torch.stack([torch.tensor(request.condition.vector) for request in requests])
-    factors = composed_factors(run, vectors, with_adapter)
-    if with_adapter is not None:
-        factors = pad_rank(factors, factors.rank)
-    lora: LoraConfig = run.config.lora if with_adapter is None else lora_of_sum(factors)
+    factors, lora = factors_of(run, vectors, with_adapter)
     for number, request in enumerate(requests):
         one = factors.select(min(number, factors.conditions - 1))  # a plain LoRA has one for all conditions
         try:

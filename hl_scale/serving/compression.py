@@ -29,9 +29,9 @@ from hl_scale.data.durable import hash_file
 from hl_scale.data.library import Library
 from hl_scale.data.peft_directory import PROVENANCE_FILE, WEIGHTS_FILE
 from hl_scale.lora import LoraFactors, Slot
+from hl_scale.progress import counting_bar
 from hl_scale.serving.export import check_finite, write_adapter_files, write_json
 from hl_scale.serving.joint_basis import JointBasis, joint_basis
-from hl_scale.serving.progress import counting_bar
 from hl_scale.serving.shards import TensorSource, write_safetensors
 from hl_scale.serving.staging import check_replaceable, staged_directory
 

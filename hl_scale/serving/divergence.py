@@ -13,8 +13,8 @@ from hl_scale.data.corpus import load_corpus
 from hl_scale.data.library import Library
 from hl_scale.data.tasks import open_tasks
 from hl_scale.lora import LoraFactors
+from hl_scale.progress import counting_bar
 from hl_scale.serving.compression import CompressedAdapters, CompressionError
-from hl_scale.serving.progress import counting_bar
 
 if TYPE_CHECKING:
     from hl_scale.engine.run import LoadedRun

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 import hl_scale
@@ -90,11 +91,12 @@ def generate_adapter(
     """
     check_replaceable(directory, force=force)
     base = base_arguments(run, base_model_name_or_path)
-    parsed, factors = generate_factors(run, condition, with_adapter)
+    parsed = run.conditions.parse(condition)
+    factors, lora = factors_of(run, torch.tensor(parsed.vector), with_adapter)
     return write_peft_adapter(
         factors,
         directory,
-        lora=run.config.lora if with_adapter is None else lora_of_sum(factors),
+        lora=lora,
         provenance={**run_provenance(run, parsed, with_adapter), **(facts or {})},
         profile=profile,
         force=force,
@@ -262,20 +264,26 @@ def target_modules(slots: Collection[Slot], module_paths: Collection[str] | None
 def generate_factors(
     run: LoadedRun, condition: str, with_adapter: TaskAdapter | None = None
 ) -> tuple[typology.Condition, LoraFactors]:
-    """Parse a condition and generate its factors (E = 1), added to a task adapter if one is given.
+    """Parse a condition and generate its factors (E = 1), added to a task adapter if one is given."""
+    parsed = run.conditions.parse(condition)
+    return parsed, factors_of(run, torch.tensor(parsed.vector), with_adapter)[0]
 
-    A sum has one rank in all slots, padded with zeros where only one of the two has factors.
+
+def factors_of(
+    run: LoadedRun, vectors: Tensor, with_adapter: TaskAdapter | None = None
+) -> tuple[LoraFactors, LoraConfig]:
+    """Adapters of conditions (E, C) or (C,), each added to a task adapter if one is given, with their rank and scale.
+
+    A sum has one rank in all slots, padded with zeros where only one of the two has factors; its parts may each have
+    another convention of scale, so that its own is alpha / rank.
     """
     from hl_scale.engine.run import composed_factors
 
-    parsed = run.conditions.parse(condition)
-    factors = composed_factors(run, torch.tensor(parsed.vector), with_adapter)
-    return parsed, factors if with_adapter is None else pad_rank(factors, factors.rank)
-
-
-def lora_of_sum(factors: LoraFactors) -> LoraConfig:
-    """Rank and scale of a sum, whose parts may each have another convention."""
-    return LoraConfig(rank=factors.rank, alpha=factors.scale * factors.rank)
+    factors = composed_factors(run, vectors, with_adapter)
+    if with_adapter is None:
+        return factors, run.config.lora
+    factors = pad_rank(factors, factors.rank)
+    return factors, LoraConfig(rank=factors.rank, alpha=factors.scale * factors.rank)
 
 
 def run_provenance(

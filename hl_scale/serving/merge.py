@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.lora import LoraFactors
+from hl_scale.progress import counting_bar
 from hl_scale.serving.cards import facts_table
 from hl_scale.serving.export import ExportError, generate_factors, run_provenance, write_json
 from hl_scale.serving.original import (
@@ -33,7 +34,6 @@ from hl_scale.serving.original import (
     original_tensors,
     warn_of_differences,
 )
-from hl_scale.serving.progress import counting_bar
 from hl_scale.serving.shards import TensorSource, write_sharded
 from hl_scale.serving.staging import PROVENANCE_FILE, check_replaceable, staged_directory
 

@@ -41,11 +41,6 @@ class Cell:
     key: Mapping[str, Any]
     facts: Mapping[str, Any]
 
-    @property
-    def hash(self) -> str:
-        """Of the key; part of the keys of cells that are made from this one."""
-        return content_hash(self.key)
-
 
 @dataclass
 class CellStore:
