@@ -85,7 +85,8 @@ class LoraConfig(Section):
     dequantised; `auto`: merged on CUDA for segments of 2,048 tokens and more, where it is faster."""
     task_adapter: str | None = None
     """Directory of a PEFT LoRA that stays frozen while the hypernetwork is trained on top of it: both are added, in
-    whichever layers each has, and targets are the states of the base with this adapter. For `alignment` alone."""
+    whichever layers each has. Targets of `alignment` are the states of the base with this adapter. Not for
+    `reconstruction`."""
 
 
 class TrainingConfig(Section):
@@ -275,10 +276,10 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _task_adapter_is_aligned_on(self) -> Config:
-        if self.lora.task_adapter is not None and not isinstance(self.objective, AlignmentConfig):
+    def _task_adapter_runs_with_the_base(self) -> Config:
+        if self.lora.task_adapter is not None and isinstance(self.objective, ReconstructionConfig):
             raise ValueError(
-                f"lora.task_adapter is for objective.kind 'alignment', not {self.objective.kind!r}: leave it out"
+                "lora.task_adapter is not for objective.kind 'reconstruction', which does not run the base"
             )
         return self
 

@@ -17,7 +17,7 @@ from hl_scale.config import Config, ConfigError
 from hl_scale.data.corpus import Corpus, Pair
 from hl_scale.data.sampling import GlobalSampler
 from hl_scale.engine.targets import TargetCache, tokenize
-from hl_scale.engine.training_module import TrainingModule, is_finite, is_identity
+from hl_scale.engine.training_module import TrainingModule, fixed_factors, is_finite, is_identity
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
@@ -133,10 +133,7 @@ class AlignmentWorkload:
 
     def module(self, hypernetwork: Hypernetwork) -> AlignmentModule:
         partitioned, packed = self.config.base.placement == "zero3", self.config.training.packed
-        fixed = None
-        if self.task_adapter is not None:  # rescaled in float32, then rounded once to what layers compute in
-            parameter = next(p for p in self.base.model.parameters() if p.is_floating_point())
-            fixed = self.task_adapter.factors.rescaled(hypernetwork.scale).to(parameter.device, parameter.dtype)
+        fixed = fixed_factors(self.base, self.task_adapter, hypernetwork.scale)
         return AlignmentModule(hypernetwork, self.base, self.objective, partitioned, packed, fixed)
 
     def names(self, samples: np.ndarray) -> list[int]:

@@ -75,8 +75,10 @@ def load_inputs(config: Config, world: World) -> Workload:
         base = _load_base(config, world)
         return AlignmentWorkload(config, base, corpus, load_task_adapter(config, base))
     tasks = open_tasks(config.tasks)
-    kind = SupervisedWorkload if config.objective.kind == "supervised" else ReconstructionWorkload
-    return kind(config, _load_base(config, world), tasks)
+    base = _load_base(config, world)
+    if config.objective.kind == "supervised":
+        return SupervisedWorkload(config, base, tasks, load_task_adapter(config, base))
+    return ReconstructionWorkload(config, base, tasks)
 
 
 def _load_base(config: Config, world: World) -> AdaptedModel:

@@ -17,11 +17,11 @@ from hl_scale.config import Config, ConfigError, TaskDataConfig
 from hl_scale.data.sampling import TaskSampler
 from hl_scale.data.tasks import Example, TaskSet
 from hl_scale.engine.conditions import TaskVectors
-from hl_scale.engine.training_module import TrainingModule, is_finite
+from hl_scale.engine.training_module import TrainingModule, fixed_factors, is_finite
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import LoraFactors
+from hl_scale.lora import LoraFactors, SummedFactors
 from hl_scale.objectives.supervised import ResponseLoss, neftune_noise, weight_penalty
 
 
@@ -53,13 +53,17 @@ class TaskBatch:
 
 
 class SupervisedModule(TrainingModule):
-    """See `TrainingModule`: mean cross-entropy of each answer, mean over examples."""
+    """See `TrainingModule`: mean cross-entropy of each answer, mean over examples. `fixed`, the factors of a frozen
+    adapter (E = 1) under the hypernetwork's scale, are added to the generated ones."""
 
-    def __init__(self, hypernetwork: Hypernetwork, base: AdaptedModel, config: Config) -> None:
+    def __init__(
+        self, hypernetwork: Hypernetwork, base: AdaptedModel, config: Config, fixed: LoraFactors | None = None
+    ) -> None:
         super().__init__(hypernetwork, base, config.base.placement == "zero3")
         self.config = config.supervised
         self.seed = config.run.seed
         self.packed = config.training.packed
+        self.fixed = fixed
         loss = ResponseLoss(base.output_head, self.config, base.logit_softcap)
         if config.base.placement == "zero3":
             self.partitioned_loss = loss
@@ -76,8 +80,8 @@ class SupervisedModule(TrainingModule):
             loss = loss + self.config.weight_penalty * self._penalty(factors, batch)
         return loss if is_finite(loss) else loss * math.nan
 
-    def example_losses(self, batch: TaskBatch, factors: LoraFactors | None) -> Tensor:
-        """(B,) mean loss of each answer under given factors (E conditions, one, or None)."""
+    def example_losses(self, batch: TaskBatch, factors: LoraFactors) -> Tensor:
+        """(B,) mean loss of each answer under given factors (E conditions or one), added to the fixed ones."""
         return self._loss[0](*self._predicting_states(batch, factors), len(batch.input_ids))
 
     def _predicting_states(self, batch: TaskBatch, factors: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +89,10 @@ class SupervisedModule(TrainingModule):
         mask, noise = batch.attention_mask.bool(), self._noise(batch)
         predicting = torch.zeros_like(batch.answers)
         predicting[:, :-1] = batch.answers[:, 1:]
+        if factors.conditions > 1 and not self.packed:
+            factors = factors.select(batch.condition_index)
+        if self.fixed is not None:
+            factors = SummedFactors(factors, self.fixed)
         if self.packed:
             ends = mask.sum(1).cumsum(0).tolist()
             hidden = self.base.packed_hidden_states(
@@ -96,8 +104,7 @@ class SupervisedModule(TrainingModule):
             )
             states = hidden[predicting[mask]]
         else:
-            each = factors if factors is None or factors.conditions == 1 else factors.select(batch.condition_index)
-            states = self.base.hidden_states(batch.input_ids, batch.attention_mask, each, noise=noise)[predicting]
+            states = self.base.hidden_states(batch.input_ids, batch.attention_mask, factors, noise=noise)[predicting]
         example = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[batch.answers]
         return states, batch.input_ids[batch.answers], example
 
@@ -136,10 +143,10 @@ class SupervisedWorkload:
         ValueError: an answer that does not fit, a model without a head, an encoder that cannot be loaded.
     """
 
-    task_adapter: TaskAdapter | None = None
-
-    def __init__(self, config: Config, base: AdaptedModel, tasks: TaskSet) -> None:
-        self.config, self.base = config, base
+    def __init__(
+        self, config: Config, base: AdaptedModel, tasks: TaskSet, task_adapter: TaskAdapter | None = None
+    ) -> None:
+        self.config, self.base, self.task_adapter = config, base, task_adapter
         check_head(base)
         self.tasks = tasks.seen
         self.vectors = TaskVectors(config, self.tasks, base)
@@ -167,7 +174,8 @@ class SupervisedWorkload:
         self.vectors.prepare_together(world, report)
 
     def module(self, hypernetwork: Hypernetwork) -> SupervisedModule:
-        return SupervisedModule(hypernetwork, self.base, self.config)
+        fixed = fixed_factors(self.base, self.task_adapter, hypernetwork.scale)
+        return SupervisedModule(hypernetwork, self.base, self.config, fixed)
 
     def names(self, samples: np.ndarray) -> list[str]:
         """Task, wording and example."""

@@ -7,8 +7,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.hypernetwork import Hypernetwork
+from hl_scale.lora import LoraFactors
 
 
 class Batch(Protocol):
@@ -49,6 +50,17 @@ class TrainingModule(nn.Module):
         What is not finite gives NaN with NaN gradients: the engine then skips the step on all ranks.
         """
         raise NotImplementedError
+
+
+def fixed_factors(base: AdaptedModel, task_adapter: TaskAdapter | None, scale: float) -> LoraFactors | None:
+    """Factors of a frozen adapter (E = 1) under the scale of generated ones, in the type and place of the base's layers.
+
+    They are rescaled in float32, then rounded once.
+    """
+    if task_adapter is None:
+        return None
+    parameter = next(p for p in base.model.parameters() if p.is_floating_point())
+    return task_adapter.factors.rescaled(scale).to(parameter.device, parameter.dtype)
 
 
 def is_finite(values: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Arms of the task evaluation: what a model reads before a prompt, and which adapter it carries."""
+"""Arms of the task evaluation: what a model reads before a prompt, and which adapter it carries.
+
+"The base" of a run that was trained on top of a frozen adapter is the base that carries it, in all arms but `library`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from hl_scale.engine.supervised import PromptFormat
 from hl_scale.evaluation.measurement import EvaluationError
 from hl_scale.evaluation.trials import GROUPS, Trial
 from hl_scale.hypernetwork import Hypernetwork
-from hl_scale.lora import LoraFactors
+from hl_scale.lora import LoraFactors, sum_factors
 
 OWN, OTHER, RANDOM, SHUFFLED = "own", "other", "random", "shuffled"
 BASE, DESCRIBED, EXAMPLES = "base", "base+description", "base+examples"
@@ -122,6 +125,14 @@ def _generate(hypernetwork: Hypernetwork, vectors: Vectors) -> LoraFactors:
     return factors
 
 
+def carried(run: LoadedRun, factors: LoraFactors | None) -> LoraFactors | None:
+    """What the base of a run carries: factors, added to what it was trained on top of."""
+    if run.task_adapter is None:
+        return factors
+    fixed = run.task_adapter.factors.to(next(run.hypernetwork.parameters()).device)
+    return fixed if factors is None else sum_factors(factors, fixed)
+
+
 def make_arms(
     run: LoadedRun,
     text: PromptFormat,
@@ -134,17 +145,23 @@ def make_arms(
     """All arms that what is given allows, in the order of `ARMS`."""
 
     def generated(name: str) -> Arm:
-        def factors(trials: Sequence[Trial]) -> LoraFactors:
-            return generated_factors(run, [vectors.vector(trial, name) for trial in trials])
+        def factors(trials: Sequence[Trial]) -> LoraFactors | None:
+            return carried(run, generated_factors(run, [vectors.vector(trial, name) for trial in trials]))
 
         return Arm(name, run.base, by_wording=name != RANDOM, factors=factors)
 
     names = [OWN, OTHER, RANDOM] + ([] if isinstance(run.conditions, OneHotConditions) else [SHUFFLED])
     arms = [generated(name) for name in names]
-    arms.append(Arm(BASE, run.base, by_wording=False))
-    # Neither knows which wordings were trained on.
-    arms.append(Arm(DESCRIBED, run.base, by_wording=False, head=_described(text)))
-    arms.append(Arm(EXAMPLES, run.base, by_wording=False, head=lambda trial: in_context(trial, text, vectors.seed)))
+    # None of these knows which wordings were trained on.
+    alone = carried(run, None)
+    heads: dict[str, Callable[[Trial], list[int]]] = {
+        BASE: lambda trial: [],
+        DESCRIBED: _described(text),
+        EXAMPLES: lambda trial: in_context(trial, text, vectors.seed),
+    }
+    arms += [
+        Arm(name, run.base, by_wording=False, head=head, factors=lambda trials: alone) for name, head in heads.items()
+    ]
     if lora is not None:
         arms.append(Arm(LORA, lora.base, by_wording=False, factors=_shared_factors(lora)))
     if prompted is not None:
@@ -162,7 +179,7 @@ def _described(text: PromptFormat) -> Callable[[Trial], list[int]]:
 
 def _shared_factors(control: LoadedRun) -> Callable[[Sequence[Trial]], LoraFactors | None]:
     """The one adapter of a plain LoRA, whatever is asked."""
-    factors = _generate(control.hypernetwork, np.zeros((1, control.conditions.size), np.float32))
+    factors = carried(control, _generate(control.hypernetwork, np.zeros((1, control.conditions.size), np.float32)))
     return lambda trials: factors
 
 

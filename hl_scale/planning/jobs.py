@@ -14,7 +14,7 @@ from hl_scale.data.peft_directory import AdapterError, read_adapter
 from hl_scale.engine.supervised import check_head
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import LoraFactors
+from hl_scale.lora import LoraFactors, SummedFactors
 from hl_scale.objectives.alignment import AlignmentObjective
 from hl_scale.objectives.reconstruction import ReconstructionObjective
 from hl_scale.objectives.supervised import chunked_cross_entropy, weight_penalty
@@ -77,7 +77,7 @@ class Job:
         if self.kind == "reconstruction":
             return tracing.trace_job(base, hypernetwork, samples, self._targets, self._distance, block)
         conditions = -(-samples // self.group)
-        run = _Examples(self.config, base, samples, tokens)
+        run = _Examples(self.config, base, samples, tokens, self.fixed)
         return tracing.trace_job(base, hypernetwork, conditions, run.states, self._answer_loss, block)
 
     def objective(self, samples: int, tokens: int, on_cpu: bool) -> int:
@@ -145,8 +145,10 @@ class AnswerLoss(nn.Module):
 class _Examples:
     """Examples of a supervised pass; all tokens count as answers, for configurations do not say how many do."""
 
-    def __init__(self, config: Config, base: AdaptedModel, examples: int, tokens: int) -> None:
-        self.config, self.base, self.examples, self.tokens = config, base, examples, tokens
+    def __init__(
+        self, config: Config, base: AdaptedModel, examples: int, tokens: int, fixed: LoraFactors | None
+    ) -> None:
+        self.config, self.base, self.examples, self.tokens, self.fixed = config, base, examples, tokens, fixed
         self.group = config.tasks.examples_per_condition
 
     def states(self, factors: Any) -> Tensor:
@@ -158,6 +160,8 @@ class _Examples:
         adapted = Segments((*(start * self.tokens for start in starts), self.examples * self.tokens))
         if not packed and factors.conditions > 1:
             factors = factors.select(torch.zeros(self.examples, dtype=torch.int64, device=device))
+        if self.fixed is not None:
+            factors = SummedFactors(factors, self.fixed)
         found = tracing.states(self.base, factors, self.examples, self.tokens, packed, adapted, noise)
         rows = torch.arange(self.examples * self.tokens, device=device)
         return found.flatten(0, -2)[rows]
