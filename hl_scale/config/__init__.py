@@ -5,6 +5,7 @@ from hl_scale.config.labelled import LabelledConfig, LabelledDataConfig, TaskAda
 from hl_scale.config.learning import (
     AlignmentConfig,
     ConditionsConfig,
+    GatedLoraConfig,
     HypernetworkConfig,
     ReconstructionConfig,
     SupervisedConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "DialectDataConfig",
     "PairSource",
     "EvaluationConfig",
+    "GatedLoraConfig",
     "HypernetworkConfig",
     "LabelledConfig",
     "LabelledDataConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
@@ -63,13 +63,28 @@ class TextToLoraConfig(Section):
         return True
 
 
+class GatedLoraConfig(Section):
+    kind: Literal["gated_lora"]
+    """One LoRA whose rank-one parts are weighted by the condition; lora.rank bounds what all conditions can use."""
+    hidden_width: int = Field(default=256, ge=1)
+    """Width of the MLP from conditions to gates."""
+    condition_tokens: int | None = Field(default=None, ge=1)
+    """As for `text_to_lora`."""
+    pooling_queries: int = Field(default=8, ge=1)
+    """As for `text_to_lora`."""
+    generate_per_block: ClassVar[bool] = False
+    learns_conditions: ClassVar[bool] = True
+
+
 def _hypernetwork_kind(value: Any) -> str:
     kind = value.get("kind", "hyperlora") if isinstance(value, dict) else value.kind
     return "hyperlora" if kind in ("hyperlora.paper", "plain_lora") else str(kind)
 
 
 AnyHypernetworkConfig = Annotated[
-    Annotated[HypernetworkConfig, Tag("hyperlora")] | Annotated[TextToLoraConfig, Tag("text_to_lora")],
+    Annotated[HypernetworkConfig, Tag("hyperlora")]
+    | Annotated[TextToLoraConfig, Tag("text_to_lora")]
+    | Annotated[GatedLoraConfig, Tag("gated_lora")],
     Discriminator(_hypernetwork_kind),
 ]
 

@@ -15,6 +15,7 @@ from hl_scale.config.learning import (
     AnyHypernetworkConfig,
     AnyObjectiveConfig,
     ConditionsConfig,
+    GatedLoraConfig,
     HypernetworkConfig,
     ReconstructionConfig,
     SupervisedConfig,
@@ -211,7 +212,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _tokens_are_pooled(self) -> Config:
-        if not isinstance(self.hypernetwork, TextToLoraConfig):
+        if not isinstance(self.hypernetwork, TextToLoraConfig | GatedLoraConfig):
             return self
         tokens = self.conditions.encoder == "base_tokens" and self.conditions.kind != "one_hot"
         expected = self.conditions.maximum_tokens if tokens else None
@@ -278,9 +279,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _task_adapter_runs_with_the_base(self) -> Config:
         if self.lora.task_adapter is not None and isinstance(self.objective, ReconstructionConfig):
-            raise ValueError(
-                "lora.task_adapter is not for objective.kind 'reconstruction', which does not run the base"
-            )
+            raise ValueError("objective.kind 'reconstruction' does not run the base: leave lora.task_adapter out")
         return self
 
     @model_validator(mode="after")

@@ -53,9 +53,9 @@ class TrainingModule(nn.Module):
 
 
 def fixed_factors(base: AdaptedModel, task_adapter: TaskAdapter | None, scale: float) -> LoraFactors | None:
-    """Factors of a frozen adapter (E = 1) under the scale of generated ones, in the type and place of the base's layers.
+    """Factors of a frozen adapter (E = 1) under the scale of generated ones, on the device of the base's layers.
 
-    They are rescaled in float32, then rounded once.
+    They are rescaled in float32, then rounded once to the type that layers compute in.
     """
     if task_adapter is None:
         return None

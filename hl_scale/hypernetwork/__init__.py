@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hl_scale.config import HypernetworkConfig, LoraConfig, TextToLoraConfig
+from hl_scale.config import GatedLoraConfig, HypernetworkConfig, LoraConfig, TextToLoraConfig
+from hl_scale.hypernetwork.gated_lora import GatedLora
 from hl_scale.hypernetwork.hyperlora import HyperLora, Hypernetwork, PaperHyperLora, PlainLora
 from hl_scale.hypernetwork.text_to_lora import SIZES, TextToLora
 from hl_scale.lora import Slot
 
 
 def build_hypernetwork(
-    config: HypernetworkConfig | TextToLoraConfig, lora: LoraConfig, slots: Sequence[Slot], condition_size: int
+    config: HypernetworkConfig | TextToLoraConfig | GatedLoraConfig,
+    lora: LoraConfig,
+    slots: Sequence[Slot],
+    condition_size: int,
 ) -> Hypernetwork:
     """The hypernetwork of a configuration, freshly initialised from torch's global generator.
 
@@ -23,6 +27,8 @@ def build_hypernetwork(
     """
     if isinstance(config, TextToLoraConfig):
         return SIZES[config.size](config, lora, slots, condition_size)
+    if isinstance(config, GatedLoraConfig):
+        return GatedLora(config, lora, slots, condition_size)
     if config.kind == "hyperlora":
         return HyperLora(config, lora, slots, condition_size)
     if config.kind == "hyperlora.paper":
@@ -30,4 +36,4 @@ def build_hypernetwork(
     return PlainLora(lora, slots, condition_size)
 
 
-__all__ = ["HyperLora", "Hypernetwork", "PaperHyperLora", "PlainLora", "TextToLora", "build_hypernetwork"]
+__all__ = ["GatedLora", "HyperLora", "Hypernetwork", "PaperHyperLora", "PlainLora", "TextToLora", "build_hypernetwork"]

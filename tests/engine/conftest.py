@@ -55,8 +55,7 @@ def _dialects(config: Config, base: Any, model: Any) -> tuple[int, Any]:
     lengths = token_lengths(base, pairs, config.data.maximum_tokens, 1 + config.alignment.skip_first_token)
     sampler = GlobalSampler(lengths, training.global_batch_size, config.run.seed, training.length_bucket_batches)
     objective = AlignmentObjective(config.alignment)
-    adapter = config.lora.task_adapter
-    fixed = [] if adapter is None else [read_task_adapter(adapter, base, config.base).factors.to("cpu", torch.float64)]
+    fixed = _fixed(config, base)
 
     def losses(hypernetwork: Any) -> list[Tensor]:
         found = []
@@ -77,6 +76,7 @@ def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
     """One example at a time, from its text: what a batch, its packing and its noise must come to."""
     workload = SupervisedWorkload(config, base, open_tasks(config.tasks))
     workload.vectors.prepare()
+    fixed = _fixed(config, base)
     settings, tokenizer = config.supervised, base.tokenizer
     head = model.get_input_embeddings().weight  # tied
     scale = base.hidden_size**0.5
@@ -93,7 +93,7 @@ def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
             generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + draw)
             noise = torch.rand(len(ids), base.hidden_size, generator=generator).double() * 2 - 1
             noise *= settings.neftune_alpha / (len(ids) * base.hidden_size) ** 0.5
-            states = _run(model, [factors], inputs_embeds=(head[ids] * scale + noise)[None])[0]
+            states = _run(model, [factors, *fixed], inputs_embeds=(head[ids] * scale + noise)[None])[0]
             scores = (states[len(prompt) - 1 : -1] @ head.T).log_softmax(-1)
             right = scores.gather(1, ids[len(prompt) :, None])[:, 0]
             smoothing = settings.label_smoothing
@@ -106,6 +106,12 @@ def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
         return found
 
     return workload.condition_size, losses
+
+
+def _fixed(config: Config, base: Any) -> list[Any]:
+    """Factors of the task adapter, if there is one."""
+    adapter = config.lora.task_adapter
+    return [] if adapter is None else [read_task_adapter(adapter, base, config.base).factors.to("cpu", torch.float64)]
 
 
 def _states(model: Any, base: Any, text: str, adapters: Sequence[Any]) -> tuple[Tensor, Tensor]:

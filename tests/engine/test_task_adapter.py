@@ -107,10 +107,26 @@ def test_gradients_on_top_of_a_task_adapter_are_those_of_a_float64_model_with_bo
     workload = AlignmentWorkload(config, base, load_corpus(config.data.directory), task)
     workload.targets = TargetCache(tmp_path / "targets", base, workload.objective, task)
     workload.prepare(ALONE, lambda text: None)
+    check_gradients(config, workload, reference_gradients(config))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_tasks_on_top_of_a_task_adapter_are_those_of_a_float64_model_with_both(
+    way, tiny_config, tiny_tasks, adapter, tmp_path, reference_gradients
+):
+    overrides = {**tiny_tasks, "lora.task_adapter": adapter, **WAYS[way]}
+    if way == "everything":  # factors that exist for one block at a time have no penalty
+        overrides["objective"] = {**tiny_tasks["objective"], "weight_penalty": 0.0}
+    config = tiny_config(tmp_path, overrides)
+    workload = inputs.load_inputs(config, ALONE)
+    workload.prepare(ALONE, lambda text: None)
+    check_gradients(config, workload, reference_gradients(config))
+
+
+def check_gradients(config, workload, expected):
     torch.manual_seed(config.run.seed)
-    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, base.slots, workload.condition_size)
+    hypernetwork = build_hypernetwork(config.hypernetwork, config.lora, workload.base.slots, workload.condition_size)
     workload.module(hypernetwork)(workload.collate(workload.sampler.batch(0))).backward()
-    expected = reference_gradients(config)
     assert any(gradient.norm() > 0 for gradient in expected.values())
     for name, parameter in hypernetwork.named_parameters():
         error = torch.linalg.norm(parameter.grad.double() - expected[name])
@@ -195,6 +211,7 @@ def test_the_settings_of_a_run_without_a_task_adapter_have_the_fingerprint_they_
     assert settings_fingerprint(plain) == settings_fingerprint(tiny_config(tmp_path, {"lora.task_adapter": adapter}))
 
 
-def test_a_task_adapter_is_for_alignment_alone(tiny_config, tiny_tasks, adapter, tmp_path):
-    with pytest.raises(ConfigError, match=r"lora.task_adapter is for objective.kind 'alignment', not 'supervised'"):
-        tiny_config(tmp_path, {**tiny_tasks, "lora.task_adapter": adapter})
+def test_a_task_adapter_is_for_runs_that_run_the_base(tiny_config, tiny_tasks, adapter, tmp_path):
+    with pytest.raises(ConfigError, match=r"'reconstruction' does not run the base: leave lora.task_adapter out"):
+        objective = {"kind": "reconstruction", "library": str(tmp_path)}
+        tiny_config(tmp_path, {**tiny_tasks, "objective": objective, "lora.task_adapter": adapter})

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.base.loading import adapt_model
 from hl_scale.config import Config, dump_config, parse_config
 from hl_scale.data.tasks import Example, Task, TaskSet
@@ -27,7 +27,7 @@ from hl_scale.evaluation.arms import ARMS, TrialVectors, in_context, make_arms
 from hl_scale.evaluation.command import Request
 from hl_scale.evaluation.trials import HELDOUT, NEW, TRAINED, make_trials
 from hl_scale.hypernetwork import build_hypernetwork
-from hl_scale.lora import LoraFactors
+from hl_scale.lora import LoraFactors, sum_factors
 from hl_scale.serving import generate_adapter
 
 LETTERS = "abcdef"
@@ -155,6 +155,13 @@ def slow_loss(base: AdaptedModel, prompt: str, answer: str, factors: LoraFactors
     return float(np.mean([-logs[len(start) + i - 1, token].item() for i, token in enumerate(end)]))
 
 
+def carried(run: LoadedRun, vector: Any | None) -> LoraFactors | None:
+    """Factors of a condition and of what the run was trained on top of, added."""
+    own = [] if vector is None else [run.hypernetwork(torch.from_numpy(vector)[None])]
+    fixed = [] if run.task_adapter is None else [run.task_adapter.factors]
+    return sum_factors(*own, *fixed) if own or fixed else None
+
+
 def with_outputs_as_answers(tasks: TaskSet, run: LoadedRun, arm: str) -> TaskSet:
     """Every other test example gets the output of an arm as its answer, so that some outputs are right.
 
@@ -164,9 +171,7 @@ def with_outputs_as_answers(tasks: TaskSet, run: LoadedRun, arm: str) -> TaskSet
     vectors = TrialVectors(run.conditions, trials, 0)
     answers: dict[tuple[str, int], str] = {}
     for trial in trials:
-        factors = None
-        if arm != "base":
-            factors = run.hypernetwork(torch.from_numpy(vectors.vector(trial, arm))[None])
+        factors = carried(run, None if arm == "base" else vectors.vector(trial, arm))
         output = slow_output(run.base, f"{trial.example.input} =>", factors)
         if trial.number % 2 == 0 and output:
             answers.setdefault((trial.task.name, trial.number), output)
@@ -186,22 +191,31 @@ def slow_answers(run: LoadedRun, tasks: TaskSet, arm: str) -> list[tuple[bool, f
     for trial in trials:
         if arm in ("random", "base+description"):
             trial = first[trial.task.name, trial.number]
-        prompt, factors = f"{trial.example.input} =>", None
+        prompt = f"{trial.example.input} =>"
         if arm == "base+description":
             prompt = f"{trial.description}\n{prompt}"
-        elif not arm.startswith("base"):
-            factors = run.hypernetwork(torch.from_numpy(vectors.vector(trial, arm))[None])
+        factors = carried(run, None if arm.startswith("base") else vectors.vector(trial, arm))
         limit = max(len(example.answer) for example in trial.task.test) + 4
         right = slow_output(run.base, prompt, factors, limit) == trial.example.answer
         found.append((right, slow_loss(run.base, prompt, trial.example.answer, factors)))
     return found
 
 
+def frozen_adapter(run: LoadedRun) -> TaskAdapter:
+    """Random factors of rank 3 in all slots."""
+    generator = torch.Generator().manual_seed(11)
+    a = {s.path: 0.3 * torch.randn(1, 3, s.in_features, generator=generator) for s in run.base.slots}
+    b = {s.path: 0.3 * torch.randn(1, s.out_features, 3, generator=generator) for s in run.base.slots}
+    return TaskAdapter("frozen", LoraFactors(run.base.slots, a, b, 0.5), "a" * 64)
+
+
+@pytest.mark.parametrize("on_top", [False, True])
 @pytest.mark.parametrize("arm", ["own", "other", "random", "shuffled", "base", "base+description"])
 def test_answers_and_losses_are_those_of_generating_and_scoring_every_trial_alone(
-    make_run: Callable[..., LoadedRun], tasks: TaskSet, arm: str
+    make_run: Callable[..., LoadedRun], tasks: TaskSet, arm: str, on_top: bool
 ) -> None:
     run = make_run()
+    run = replace(run, task_adapter=frozen_adapter(run)) if on_top else run
     tasks = with_outputs_as_answers(tasks, run, "base" if arm.startswith("base") else arm)
     trials = make_trials(tasks)
     text = PromptFormat(run.base.tokenizer, run.config.tasks, run.base.context_length)

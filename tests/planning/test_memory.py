@@ -157,7 +157,11 @@ def write_adapter(directory, rank):
     return str(directory)
 
 
-@pytest.mark.parametrize("options", [{}, {"base.gradient_checkpointing": True}])
+TASKS = {"data": {"kind": "tasks", "directory": "unused", "sources": [{"kind": "builtin"}]},
+         "conditions": {"encoder": "base"}, "objective": {"kind": "supervised"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"base.gradient_checkpointing": True}, TASKS])
 def test_a_task_adapter_adds_what_its_layers_keep_for_backward(config, tmp_path, options):
     kept = {}
     for rank in (0, 1, 33):
