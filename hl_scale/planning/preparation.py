@@ -15,7 +15,7 @@ from hl_scale.engine.base_states import TEXTS_PER_PASS as DESCRIPTIONS_PER_PASS
 from hl_scale.engine.targets import CLOUDS_IN_MEMORY, TEXTS_PER_CHUNK, TEXTS_PER_PASS
 from hl_scale.planning import tracing
 from hl_scale.planning.jobs import Job
-from hl_scale.planning.phases import ENCODER, LIBRARY, TARGETS
+from hl_scale.planning.phases import DESCRIPTIONS, ENCODER, LIBRARY, TARGETS
 
 PAIR = 3_100
 """Bytes of a training pair in memory: its texts, vector and order (14,000 pairs took 30 MB more than 4,200)."""
@@ -48,11 +48,15 @@ class Preparation:
             data = self.config.dialects
             rows = len(data.training_varieties) if data.mode == "named" else data.variants_per_sentence
             return data.training_sentences * (rows + data.identity_per_sentence) * PAIR
+        return self._count("examples") * EXAMPLE
+
+    def _count(self, what: str) -> int:
+        """Of a task set; 0 if it is not there yet."""
         try:
             counts = read_manifest(Path(self.config.data.directory)).get("counts", {})
         except CorpusError:
             return 0
-        return int(counts.get("examples", 0)) * EXAMPLE
+        return int(counts.get(what, 0))
 
     def phase(self, tokens: int) -> tuple[str, dict[str, int]]:
         """Name of the phase before the engine is built, and its parts."""
@@ -64,7 +68,7 @@ class Preparation:
         if self.job.kind == "reconstruction" and self.on_cpu:
             # Mean and squared deviations in float64; the adapter at hand in float32, as it is stored and as it is used.
             return "library", {ENCODER: self._encoder, LIBRARY: (2 * 8 + 2 * 4) * self._adapter}
-        parts = {ENCODER: self._encoder}
+        parts = {ENCODER: self._encoder, DESCRIPTIONS: self._embedded}
         if self.config.conditions.base_encodes:
             length = min(self.config.conditions.maximum_tokens, self.job.base.context_length)
             parts[tracing.ACTIVATIONS] = self._bare(DESCRIPTIONS_PER_PASS, length)
@@ -77,7 +81,7 @@ class Preparation:
             sentences = min(CLOUDS_IN_MEMORY, self.config.dialects.training_sentences)
             sentences = min(sentences, training.steps * training.global_batch_size)
             return {TARGETS: self._clouds(sentences, tokens) if self.on_cpu else 0}
-        return {ENCODER: self._encoder, LIBRARY: self._spread}
+        return {ENCODER: self._encoder, DESCRIPTIONS: self._embedded, LIBRARY: self._spread}
 
     def _clouds(self, sentences: int, tokens: int) -> int:
         return sentences * tokens * self.job.base.hidden_size * self.item
@@ -97,6 +101,13 @@ class Preparation:
         found = (encoder_directory(settings.only(name)) for name in settings.sentence_encoders)
         files = (file for directory in found if directory is not None for file in directory.glob("*.safetensors"))
         return sum(sum(tensor_sizes(file)) for file in files)
+
+    @property
+    def _embedded(self) -> int:
+        """Of the conditions of all wordings, float32, in host memory; those that are held out are counted too."""
+        if not self.on_cpu or self.config.conditions.kind == "one_hot":
+            return 0
+        return 4 * self._count("descriptions") * self.job.hypernetwork.condition_size
 
     @property
     def _adapter(self) -> int:

@@ -64,6 +64,10 @@ def ranks(tiny_config, tiny_tasks, write_yaml, on_ranks, write_tiny_corpus, tmp_
         "other_directory": ({}, {"fault": "other_directory"}),
         "flipped_bit": ({"zero3.parameter_persistence_threshold": 100_000}, {"fault": "flipped_bit"}),
         "background": ({"training.save_in_background": True, "training.save_every": 1}, {}),
+        "gated": (
+            {"base.placement": "zero3", "hypernetwork": {"kind": "gated_lora", "hidden_width": 16}},
+            {"gradients": True},
+        ),
         "supervised_padded": (tiny_tasks, {"gradients": True}),
         "supervised_everything": (
             {
@@ -167,7 +171,7 @@ def test_tasks_on_two_ranks_give_the_losses_of_one_rank(
 
 
 TASK_SCENARIOS = ["supervised_padded", "supervised_everything"]
-GRADIENT_SCENARIOS = ["packed", "merged", "zero3", "zero3_checkpointed", "zero3_tiled", "zero3_everything"]
+GRADIENT_SCENARIOS = ["gated", "packed", "merged", "zero3", "zero3_checkpointed", "zero3_tiled", "zero3_everything"]
 
 
 @pytest.mark.parametrize(

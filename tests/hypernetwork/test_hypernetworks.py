@@ -8,21 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from hl_scale.config import HypernetworkConfig, LoraConfig
-from hl_scale.hypernetwork import Hypernetwork, PaperHyperLora, build_hypernetwork
+from hl_scale.config import GatedLoraConfig, HypernetworkConfig, LoraConfig
+from hl_scale.hypernetwork import GatedLora, Hypernetwork, PaperHyperLora, build_hypernetwork
 from hl_scale.lora import LoraFactors, Slot
 
 FEATURES = 11
 # Grouped queries: key and value layers are narrower than query layers.
 SHAPES = {"q_proj": (12, 20), "v_proj": (12, 6), "down_proj": (16, 12)}
 SLOTS = tuple(Slot(i, name, f"model.layers.{i}.{name}", *shape) for i in range(3) for name, shape in SHAPES.items())
-ZERO_AT_START = [("hyperlora", "zero_delta"), ("plain_lora", "zero_delta"), ("hyperlora.paper", "zero_delta")]
+ZERO_AT_START = ["hyperlora", "plain_lora", "hyperlora.paper", "gated_lora"]
+CONDITIONED = ["hyperlora", "hyperlora.paper", "gated_lora"]
 
 
 def build(kind: str = "hyperlora", lora: dict[str, Any] | None = None, **options: Any) -> Hypernetwork:
     torch.manual_seed(7)
-    sizes = {"condition_width": 8, "slot_width": 4, "hidden_width": 16} | options
-    config = HypernetworkConfig.model_validate({"kind": kind, **sizes})
+    config: HypernetworkConfig | GatedLoraConfig
+    if kind == "gated_lora":
+        config = GatedLoraConfig.model_validate({"kind": kind, "hidden_width": 16, **options})
+    else:
+        sizes = {"condition_width": 8, "slot_width": 4, "hidden_width": 16} | options
+        config = HypernetworkConfig.model_validate({"kind": kind, **sizes})
     return build_hypernetwork(config, LoraConfig(**({"rank": 4} | (lora or {}))), SLOTS, FEATURES)
 
 
@@ -59,9 +64,9 @@ def test_the_published_network_has_224976_parameters_on_roberta_base(initializat
     assert sum(parameter.numel() for parameter in network.parameters()) == 224_976
 
 
-@pytest.mark.parametrize(("kind", "initialization"), ZERO_AT_START)
-def test_the_update_is_exactly_zero_at_step_0_while_gradients_reach_b(kind: str, initialization: str) -> None:
-    network = build(kind, initialization=initialization)
+@pytest.mark.parametrize("kind", ZERO_AT_START)
+def test_the_update_is_exactly_zero_at_step_0_while_gradients_reach_b(kind: str) -> None:
+    network = build(kind)
     factors = network(conditions())
     assert (factors.delta_norms() == 0).all()
     assert all((a != 0).any() for a in factors.a.values())
@@ -69,7 +74,7 @@ def test_the_update_is_exactly_zero_at_step_0_while_gradients_reach_b(kind: str,
     assert all((gradient != 0).any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", ["hyperlora", "hyperlora.paper"])
+@pytest.mark.parametrize("kind", CONDITIONED)
 def test_factors_have_the_shape_of_their_slot_for_every_condition(kind: str) -> None:
     factors = build(kind)(conditions(5))
     assert factors.conditions == 5 and factors.rank == 4 and factors.slots == SLOTS
@@ -92,9 +97,9 @@ def test_the_plain_adapter_starts_each_slot_with_values_of_its_own() -> None:
     assert not torch.equal(factors.a[SLOTS[0].path], factors.a[SLOTS[3].path])
 
 
-@pytest.mark.parametrize("kind", ["hyperlora", "hyperlora.paper"])
+@pytest.mark.parametrize("kind", CONDITIONED)
 def test_after_one_step_different_conditions_get_different_updates(kind: str) -> None:
-    network = build(kind, position="scaled")
+    network = build(kind, **({"position": "scaled"} if kind == "hyperlora.paper" else {}))
     step(network)
     factors = network(conditions())
     for slot in SLOTS:
@@ -176,7 +181,44 @@ def test_one_dead_net_of_the_published_two_is_half_of_the_units() -> None:
     assert network.dead_unit_share == 0.5
 
 
-@pytest.mark.parametrize("kind", ["hyperlora", "hyperlora.paper", "plain_lora"])
+def test_gates_weigh_the_parts_of_one_shared_lora() -> None:
+    network = build("gated_lora")
+    assert isinstance(network, GatedLora)
+    step(network)
+    given = conditions(4)
+    factors, gates = network(given), network.gates(given)
+    hidden = network.encoder(given)
+    torch.testing.assert_close(gates.flatten(1), network.direct(given) + hidden @ network.mixed.weight.T)
+    shared = network.shared(given)
+    for number, slot in enumerate(SLOTS):
+        for row in range(4):
+            parts = [
+                gates[row, number, i] * torch.outer(shared.b[slot.path][0, :, i], shared.a[slot.path][0, i])
+                for i in range(4)
+            ]
+            delta = factors.b[slot.path][row] @ factors.a[slot.path][row]
+            torch.testing.assert_close(delta, sum(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_gates_differ_between_conditions_from_the_start_and_are_one_on_average() -> None:
+    network = build("gated_lora", lora={"rank": 64})
+    assert isinstance(network, GatedLora)
+    gates = network.gates(torch.randn(50, FEATURES, generator=torch.Generator().manual_seed(2)))
+    assert gates.mean().item() == pytest.approx(1, abs=0.05)
+    assert gates.std(0).mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_gates_of_tokenwise_conditions_do_not_see_padding() -> None:
+    config = GatedLoraConfig(kind="gated_lora", hidden_width=8, condition_tokens=5, pooling_queries=2)
+    network = build_hypernetwork(config, LoraConfig(rank=2), SLOTS, 5 * 6)
+    tokens = torch.randn(2, 3, 6)
+    left, right = (torch.nn.functional.pad(tokens, (0, 0, before, 2 - before)).flatten(1) for before in (0, 2))
+    assert isinstance(network, GatedLora)
+    torch.testing.assert_close(network.gates(left), network.gates(right))
+    assert not torch.allclose(network.gates(left)[0], network.gates(left)[1])
+
+
+@pytest.mark.parametrize("kind", ZERO_AT_START)
 @pytest.mark.parametrize("shape", [(2, FEATURES + 1), (FEATURES,), (1, 2, FEATURES)])
 def test_conditions_of_the_wrong_length_are_refused(kind: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"shape \(E, {FEATURES}\), got"):

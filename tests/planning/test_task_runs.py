@@ -10,7 +10,7 @@ import pytest
 from hl_scale.config import load_config
 from hl_scale.planning import plan_memory, plan_step, plan_wire
 from hl_scale.planning.jobs import Job
-from hl_scale.planning.phases import ENCODER, GATHERED, LIBRARY, OBJECTIVE, PACKED
+from hl_scale.planning.phases import DESCRIPTIONS, ENCODER, GATHERED, LIBRARY, OBJECTIVE, PACKED
 from hl_scale.planning.tracing import ACTIVATIONS, FACTORS
 from hl_scale.planning.wire import BASE_BACKWARD, BASE_FORWARD, HYPERNETWORK_FORWARD
 
@@ -46,6 +46,19 @@ def test_the_loss_holds_logits_of_some_tokens_whatever_the_batch(config):
         for rows in (3, 43)
     )
     assert many - few == pytest.approx(40 * (vocabulary + 64) * 4, rel=0.05)
+
+
+def test_conditions_of_all_wordings_lie_in_host_memory(config):
+    def held(device, **conditions):
+        tokens = conditions.get("maximum_tokens") if conditions["encoder"] == "base_tokens" else None
+        network = {**TEXT_TO_LORA, "condition_tokens": tokens}
+        plan = plan_memory(config({"conditions": conditions, "hypernetwork": network}), 2, device=device)
+        return {phase.name: phase.parts.get(DESCRIPTIONS) for phase in plan.phases}
+
+    each = 4 * (4 * 4) * 64  # four tasks with four wordings each
+    assert held("cpu", encoder="base")["forward"] == each
+    assert held("cpu", encoder="base_tokens", maximum_tokens=12)["forward"] == 12 * each
+    assert held("cuda", encoder="base_tokens", maximum_tokens=12)["forward"] == 0
 
 
 def test_examples_of_a_condition_share_its_factors(config):
