@@ -20,6 +20,8 @@ PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
 # Text-to-LoRA and its controls: about an hour for each training on two cores, more where prompts hold descriptions.
 T2L := configs/t2l_gemma270m_cpu.yaml
 T2L_RUN := runs/t2l-gemma270m
+GRID := configs/t2l_grid_gemma270m_cpu.yaml
+GRID_RUN := runs/t2l-grid-gemma270m
 
 # Reconstruction: LoRAs of single tasks, and a hypernetwork that learns them by heart.
 RECONSTRUCT := configs/reconstruct_gemma270m_cpu.yaml
@@ -28,7 +30,7 @@ LIBRARY_TASKS := sentence.good_bad sentence.one_zero sentence.first_word sentenc
   words.reversed words.first_initial word.upper word.first_letter numbers.larger numbers.swapped
 LIBRARY_BUDGET := training.steps=60 training.global_batch_size=16 data.examples_per_condition=1
 
-.PHONY: setup demo results results-t2l results-reconstruct serve-demo test test-slow test-gpu test-faults lint format bench clean
+.PHONY: setup demo results results-t2l results-grid results-reconstruct serve-demo test test-slow test-gpu test-faults lint format bench clean
 
 setup: $(READY)
 
@@ -63,6 +65,13 @@ results-t2l: $(READY)
 	$(DEEPSPEED) launch/train.py --config $(T2L) run.directory=$(T2L_RUN)-prompted hypernetwork.kind=plain_lora \
 	  data.description_in_prompt=true
 	$(BIN)/hl-scale evaluate $(T2L_RUN) --control $(T2L_RUN)-lora --prompted $(T2L_RUN)-prompted
+
+results-grid: $(READY)
+	$(BIN)/hl-scale prepare $(GRID)
+	$(DEEPSPEED) launch/train.py --config $(GRID) run.directory=$(GRID_RUN)
+	$(DEEPSPEED) launch/train.py --config $(GRID) run.directory=$(GRID_RUN)-prompted hypernetwork.kind=plain_lora \
+	  data.description_in_prompt=true
+	$(BIN)/hl-scale evaluate $(GRID_RUN) --prompted $(GRID_RUN)-prompted --tasks held-out --examples 6
 
 results-reconstruct: $(READY)
 	$(BIN)/hl-scale prepare $(T2L)

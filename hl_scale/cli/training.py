@@ -62,7 +62,9 @@ def evaluate(
         Path | None, typer.Option(help="tasks: run of kind plain_lora with data.description_in_prompt")
     ] = None,
     library: Annotated[Path | None, typer.Option(help="tasks: folder with a PEFT LoRA for each task")] = None,
-    tasks: Annotated[str | None, typer.Option(help="tasks: names or globs, for example 'words.*,number.*'")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="tasks: names or globs, for example 'words.*,number.*'; 'seen' or 'held-out'")
+    ] = None,
     arms: Annotated[str | None, typer.Option(help="tasks: which to run, for example own,other,base")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="tasks: test examples per task; all unless given")] = None,
     sentences: Annotated[int | None, typer.Option(help="dialects: held-out sentences; all unless given")] = None,

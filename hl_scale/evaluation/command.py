@@ -13,7 +13,7 @@ from hl_scale.config import parse_config
 from hl_scale.data.corpus import load_corpus
 from hl_scale.data.durable import write_text
 from hl_scale.data.library import Library
-from hl_scale.data.tasks import named_tasks, open_tasks
+from hl_scale.data.tasks import TaskSet, named_tasks, open_tasks
 from hl_scale.engine.run import LoadedRun
 from hl_scale.evaluation import steering_tables, tables
 from hl_scale.evaluation.dialects import evaluate_dialects, save
@@ -44,6 +44,7 @@ class Evaluated:
     report: Path
 
 
+SEEN, HELD_OUT = "seen", "held-out"
 _FOR_TASKS = ("prompted", "library", "tasks", "arms", "examples")
 
 
@@ -86,7 +87,7 @@ def _tasks(
     run: LoadedRun, request: Request, control: LoadedRun | None, load: Callable[[Path], LoadedRun]
 ) -> dict[str, Any]:
     tasks = open_tasks(run.config.tasks)
-    only = request.tasks
+    only = None if request.tasks is None else _written_out(request.tasks, tasks)
     library = None if request.library is None else _library(run, request.library)
     if library is not None and run.config.objective.kind == "reconstruction" and only is None:
         only = [task.name for task in tasks.tasks if task.name in library.names]
@@ -107,6 +108,12 @@ def _tasks(
         arms=request.arms,
         examples=request.examples,
     )
+
+
+def _written_out(patterns: Sequence[str], tasks: TaskSet) -> list[str]:
+    """`seen` and `held-out` become the names of all these tasks."""
+    groups = {SEEN: [task.name for task in tasks.seen], HELD_OUT: [task.name for task in tasks.tasks if not task.seen]}
+    return [name for pattern in patterns for name in groups.get(pattern, [pattern])]
 
 
 def _library(run: LoadedRun, directory: Path) -> Library:

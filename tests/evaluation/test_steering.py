@@ -458,6 +458,15 @@ def test_the_command_writes_the_result_the_tables_and_a_page_with_charts(on_disk
             assert len({line.count("|") for line in block.splitlines()}) == 1
 
 
+def test_seen_and_held_out_tasks_can_be_asked_for_as_such(on_disk: LoadedRun) -> None:
+    found = {}
+    for word in ("seen", "held-out"):
+        request = Request(tasks=[word], arms=["own"], examples=1)
+        done = evaluate_run(on_disk, request, lambda path: on_disk)
+        found[word] = {row["task"] for row in done.result["tasks"]}
+    assert found == {"seen": {"first", "last", "copy", "has_a"}, "held-out": {"back", "lacks_a"}}
+
+
 @pytest.mark.parametrize("option", ["sentences"])
 def test_an_option_of_another_kind_of_data_is_refused(on_disk: LoadedRun, option: str) -> None:
     with pytest.raises(EvaluationError, match=f"--{option} does not apply to a run on tasks"):
