@@ -43,8 +43,11 @@ class Encoder(Protocol):
     def fingerprint(self) -> str:
         """Identifies weights and settings; keys caches and the provenance of runs."""
 
+    def check(self, texts: Sequence[str]) -> None:
+        """Raise EncoderError for the first text that is empty or longer than what is read."""
+
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """(n, C) float32, each of length sqrt(C)."""
+        """(n, C) float32, each of length sqrt(C); raises as `check`."""
 
 
 class SentenceEncoder:
@@ -65,13 +68,13 @@ class SentenceEncoder:
             digest.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """See `Encoder`.
-
-        Raises:
-            EncoderError: a text is empty or longer than the bound in tokens.
-        """
+    def check(self, texts: Sequence[str]) -> None:
+        """See `Encoder`."""
         check_texts(texts, lambda text: len(self.model.tokenizer(text)["input_ids"]), self.maximum_tokens)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """See `Encoder`."""
+        self.check(texts)
         found = self.model.encode(list(texts), batch_size=32, show_progress_bar=False, convert_to_numpy=True)
         return scaled(found)
 

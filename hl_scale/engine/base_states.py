@@ -27,9 +27,12 @@ class LastStateEncoder:
         self.fingerprint = f"base:{base.fingerprint}"
         self.maximum_tokens = maximum_tokens
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """See `hl_scale.conditions.descriptions.Encoder`."""
+    def check(self, texts: Sequence[str]) -> None:
+        """See `hl_scale.conditions.descriptions.Encoder`, as for `encode`."""
         _check(self.base, texts, self.maximum_tokens)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.check(texts)
         return scaled(_states(self.base, texts, _last))
 
 
@@ -55,9 +58,12 @@ class MeanStateEncoder:
         self.fingerprint = f"{self.states.fingerprint}:{wordings[:16]}"
         self._moments: tuple[Vectors, Vectors] | None = None
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """See `hl_scale.conditions.descriptions.Encoder`."""
+    def check(self, texts: Sequence[str]) -> None:
+        """See `hl_scale.conditions.descriptions.Encoder`, as for `encode`."""
         _check(self.states.base, texts, self.maximum_tokens)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.check(texts)
         mean, spread = self.moments
         return scaled((self.states.encode(texts) - mean) / spread)
 
@@ -84,10 +90,13 @@ class TokenStateEncoder:
         self.width = maximum_tokens * base.hidden_size
         self.fingerprint = f"base_tokens:{maximum_tokens}:{self.mean.fingerprint}"
 
+    def check(self, texts: Sequence[str]) -> None:
+        """See `hl_scale.conditions.descriptions.Encoder`, as for `encode`."""
+        self.mean.check(texts)
+
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """See `hl_scale.conditions.descriptions.Encoder`."""
+        self.check(texts)
         base = self.mean.states.base
-        _check(base, texts, self.maximum_tokens)
         mean, spread = (torch.from_numpy(values) for values in self.mean.moments)
 
         def tokens(states: Tensor, mask: Tensor) -> Tensor:
@@ -108,6 +117,9 @@ class _MeanStates:
         blocks = list(find_blocks(base.model).values())
         self.block = blocks[(len(blocks) - 1) // 3]
         self.fingerprint = f"base_mean:{base.fingerprint}"
+
+    def check(self, texts: Sequence[str]) -> None:
+        _check(self.base, texts, self.base.context_length)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         return _states(self.base, texts, _mean, self.block)

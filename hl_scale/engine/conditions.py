@@ -133,8 +133,12 @@ class JoinedEncoder:
         self.width = sum(encoder.width for encoder in encoders)
         self.fingerprint = hashlib.sha256("+".join(e.fingerprint for e in encoders).encode()).hexdigest()
 
+    def check(self, texts: Sequence[str]) -> None:
+        """See `hl_scale.conditions.descriptions.Encoder`, as for `encode`."""
+        for encoder in self.encoders:
+            encoder.check(texts)
+
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """See `hl_scale.conditions.descriptions.Encoder`."""
         return np.concatenate([encoder.encode(texts) for encoder in self.encoders], axis=1)
 
 

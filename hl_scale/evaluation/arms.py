@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hl_scale.base import AdaptedModel
-from hl_scale.conditions.descriptions import Vectors
+from hl_scale.conditions.descriptions import EncoderError, Vectors
 from hl_scale.engine.conditions import DescriptionConditions, OneHotConditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.engine.supervised import PromptFormat
@@ -69,18 +69,17 @@ class Arm:
 
 
 class TrialVectors:
-    """Condition vectors (C,) of trials: of their own and the other description, shuffled words, and random ones."""
+    """Condition vectors (C,) of trials: of their own and the other description, shuffled words, and random ones.
+
+    Texts of an arm are embedded when its first vector is asked for.
+    """
 
     def __init__(
         self, conditions: DescriptionConditions | OneHotConditions, trials: Sequence[Trial], seed: int
     ) -> None:
-        self.conditions, self.seed = conditions, seed
+        self.conditions, self.trials, self.seed = conditions, trials, seed
         self.tasks = list(dict.fromkeys(trial.task.name for trial in trials))
-        self._embeddings: dict[str, Vectors] = {}
-        if isinstance(conditions, DescriptionConditions):
-            texts = [text for t in trials for text in (t.description, t.other_description, self.shuffle(t))]
-            distinct = list(dict.fromkeys(texts))
-            self._embeddings = dict(zip(distinct, conditions.embed(distinct), strict=True))
+        self._embeddings: dict[str, dict[str, Vectors]] = {}
 
     def vector(self, trial: Trial, arm: str) -> Vectors:
         """(C,) of an arm that generates its adapter."""
@@ -92,14 +91,39 @@ class TrialVectors:
         if arm == RANDOM:
             embedding = self._random(trial, self.conditions.encoder.width)
         else:
-            texts = {OWN: trial.description, OTHER: trial.other_description, SHUFFLED: self.shuffle(trial)}
-            embedding = self._embeddings[texts[arm]]
+            embedding = self._embedded(arm, self.conditions)[self._text(trial, arm)]
         return self.conditions.vectors(embedding[None], task.variety)[0]
 
+    def _text(self, trial: Trial, arm: str) -> str:
+        if arm == SHUFFLED:
+            return self.shuffle(trial)
+        return trial.other_description if arm == OTHER else trial.description
+
+    def _embedded(self, arm: str, conditions: DescriptionConditions) -> dict[str, Vectors]:
+        """Embeddings of an arm's texts."""
+        if arm not in self._embeddings:
+            texts = list(dict.fromkeys(self._text(trial, arm) for trial in self.trials))
+            self._embeddings[arm] = dict(zip(texts, conditions.embed(texts), strict=True))
+        return self._embeddings[arm]
+
     def shuffle(self, trial: Trial) -> str:
-        """The words of a description in an order that its task and wording decide."""
+        """The words of a description in an order that its task and wording decide.
+
+        In another order words may have more tokens: the last ones are left out until the encoder reads the rest.
+        """
         words = trial.description.split()
-        return " ".join(words[i] for i in self._generator(trial).permutation(len(words)))
+        words = [words[i] for i in self._generator(trial).permutation(len(words))]
+        while len(words) > 1 and not self._is_read(" ".join(words)):
+            words.pop()
+        return " ".join(words)
+
+    def _is_read(self, text: str) -> bool:
+        if isinstance(self.conditions, DescriptionConditions):
+            try:
+                self.conditions.encoder.check([text])
+            except EncoderError:
+                return False
+        return True
 
     def _random(self, trial: Trial, width: int) -> Vectors:
         """A direction drawn at random, of length sqrt(width)."""

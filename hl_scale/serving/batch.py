@@ -108,8 +108,10 @@ def generate_adapters(
     _refuse("these adapters cannot be generated, nothing was written", _problems_of_names(places))
     if not requests:
         return Generated(directory, (), ())
-    example, lora = factors_of(run, torch.tensor(requests[0].condition.vector), with_adapter)
-    slots, factor = example.slots, example.scale
+    slots, lora, factor = run.base.slots, run.config.lora, run.hypernetwork.scale
+    if with_adapter is not None:
+        example, lora = factors_of(run, torch.tensor(requests[0].condition.vector), with_adapter)
+        slots, factor = example.slots, example.scale
     config = peft_config(slots, lora, **base_arguments(run), profile=profile)
     shared = {**run_provenance(run, requests[0].condition, with_adapter), **scale_facts(lora, factor, profile)}
 

@@ -16,9 +16,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenize
 
 from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.base.loading import adapt_model
+from hl_scale.conditions.descriptions import EncoderError
 from hl_scale.config import Config, dump_config, parse_config
 from hl_scale.data.tasks import Example, Task, TaskSet
-from hl_scale.engine.conditions import open_conditions
+from hl_scale.engine.conditions import DescriptionConditions, open_conditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.engine.supervised import PromptFormat
 from hl_scale.evaluation import EvaluationError, evaluate_run, evaluate_tasks, steering_summaries, steering_tables
@@ -315,6 +316,23 @@ def test_one_hot_conditions_are_asked_about_seen_tasks_alone(
     result = evaluate_tasks(make_run(conditions={"kind": "one_hot"}), tasks, progress=False)
     assert list(result["groups"]) == [TRAINED] and "shuffled" not in result["arms"]
     assert any("No task was held out" in caveat for caveat in result["caveats"])
+
+
+def test_shuffled_words_that_an_encoder_does_not_read_are_left_out_from_the_end(
+    make_run: Callable[..., LoadedRun], tasks: TaskSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    trial = make_trials(tasks)[0]
+    whole = TrialVectors(run.conditions, [trial], 0).shuffle(trial).split()
+    assert sorted(whole) == sorted(trial.description.split()) and len(whole) == 3
+    assert isinstance(run.conditions, DescriptionConditions)
+
+    def check(texts: list[str]) -> None:
+        if any(len(text.split()) > 2 for text in texts):
+            raise EncoderError("too long")
+
+    monkeypatch.setattr(run.conditions.encoder, "check", check)
+    assert TrialVectors(run.conditions, [trial], 0).shuffle(trial).split() == whole[:2]
 
 
 def test_controls_and_a_library_become_arms(make_run: Callable[..., LoadedRun], tasks: TaskSet) -> None:
