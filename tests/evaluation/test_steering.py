@@ -210,8 +210,10 @@ def frozen_adapter(run: LoadedRun) -> TaskAdapter:
     return TaskAdapter("frozen", LoraFactors(run.base.slots, a, b, 0.5), "a" * 64)
 
 
-@pytest.mark.parametrize("on_top", [False, True])
-@pytest.mark.parametrize("arm", ["own", "other", "random", "shuffled", "base", "base+description"])
+GENERATING_ARMS = ["own", "other", "random", "shuffled", "base", "base+description"]
+
+
+@pytest.mark.parametrize(("arm", "on_top"), [*((arm, False) for arm in GENERATING_ARMS), ("own", True), ("base", True)])
 def test_answers_and_losses_are_those_of_generating_and_scoring_every_trial_alone(
     make_run: Callable[..., LoadedRun], tasks: TaskSet, arm: str, on_top: bool
 ) -> None:
