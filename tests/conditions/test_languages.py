@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import inspect
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from hl_scale.conditions.typology import ConditionError, TypologyUnavailableErro
 
 def raw(code: str) -> np.ndarray:
     """A language's row of lang2vec's own table."""
-    spec = importlib.util.find_spec("lang2vec")
-    archive = np.load(Path(spec.submodule_search_locations[0]) / "data" / "feature_predictions.npz")
+    archive = np.load(
+        Path(importlib.metadata.distribution("lang2vec").locate_file("lang2vec/data/feature_predictions.npz"))
+    )
     columns = [number for number, name in enumerate(archive["feats"]) if name.startswith("S_")]
     return archive["data"][list(archive["langs"]).index(code)][columns, 0]
 
