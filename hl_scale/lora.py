@@ -197,6 +197,11 @@ class SummedFactors:
         return torch.cat([a for a, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=2)
 
 
+def with_fixed(factors: FactorSource, fixed: LoraFactors | None) -> FactorSource:
+    """Factors added to fixed ones of the same scale (`SummedFactors`), or as they are where nothing is fixed."""
+    return factors if fixed is None else SummedFactors(factors, fixed)
+
+
 def sum_factors(first: LoraFactors, *others: LoraFactors) -> LoraFactors:
     """One adapter whose update is the sum of the updates of all: s_1 B_1 A_1 + s_2 B_2 A_2 + ...
 

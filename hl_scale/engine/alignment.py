@@ -21,7 +21,7 @@ from hl_scale.engine.training_module import TrainingModule, fixed_factors, is_fi
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import FactorSource, LoraFactors, SummedFactors
+from hl_scale.lora import FactorSource, LoraFactors, with_fixed
 from hl_scale.objectives.alignment import AlignmentObjective
 
 
@@ -80,8 +80,7 @@ class AlignmentModule(TrainingModule):
         factors = self.hypernetwork(batch.conditions)
         if factors.conditions != 1 and not is_identity(batch.condition_index, factors.conditions):
             factors = factors.select(batch.condition_index)
-        if self.fixed is not None:
-            factors = SummedFactors(factors, self.fixed)
+        factors = with_fixed(factors, self.fixed)
         hidden = (
             self._packed_states(batch, factors)
             if self.packed

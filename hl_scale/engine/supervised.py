@@ -21,7 +21,7 @@ from hl_scale.engine.training_module import TrainingModule, fixed_factors, is_fi
 from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import LoraFactors, SummedFactors
+from hl_scale.lora import LoraFactors, with_fixed
 from hl_scale.objectives.supervised import ResponseLoss, neftune_noise, weight_penalty
 
 
@@ -91,8 +91,7 @@ class SupervisedModule(TrainingModule):
         predicting[:, :-1] = batch.answers[:, 1:]
         if factors.conditions > 1 and not self.packed:
             factors = factors.select(batch.condition_index)
-        if self.fixed is not None:
-            factors = SummedFactors(factors, self.fixed)
+        factors = with_fixed(factors, self.fixed)
         if self.packed:
             ends = mask.sum(1).cumsum(0).tolist()
             hidden = self.base.packed_hidden_states(

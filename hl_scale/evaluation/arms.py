@@ -12,15 +12,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hl_scale.base import AdaptedModel
+from hl_scale.base import AdaptedModel, TaskAdapter
 from hl_scale.conditions.descriptions import EncoderError, Vectors
 from hl_scale.engine.conditions import DescriptionConditions, OneHotConditions
-from hl_scale.engine.run import LoadedRun
+from hl_scale.engine.run import LoadedRun, composed_factors
 from hl_scale.engine.supervised import PromptFormat
 from hl_scale.evaluation.measurement import EvaluationError
 from hl_scale.evaluation.trials import GROUPS, Trial
-from hl_scale.hypernetwork import Hypernetwork
-from hl_scale.lora import LoraFactors, sum_factors
+from hl_scale.lora import LoraFactors
 
 OWN, OTHER, RANDOM, SHUFFLED = "own", "other", "random", "shuffled"
 BASE, DESCRIBED, EXAMPLES = "base", "base+description", "base+examples"
@@ -135,26 +134,13 @@ class TrialVectors:
         return np.random.default_rng([self.seed, *place])
 
 
-def generated_factors(run: LoadedRun, vectors: Sequence[Vectors]) -> LoraFactors:
-    """Adapters of condition vectors, each distinct one generated once; E = len(vectors), or 1 if they play no part."""
+def generated_factors(
+    run: LoadedRun, vectors: Sequence[Vectors], task_adapter: TaskAdapter | None = None
+) -> LoraFactors:
+    """`composed_factors` of condition vectors, each distinct one once; E = len(vectors), or 1 if they play no part."""
     distinct, index = np.unique(np.stack(vectors), axis=0, return_inverse=True)
-    factors = _generate(run.hypernetwork, distinct)
+    factors = composed_factors(run, torch.from_numpy(distinct), task_adapter)
     return factors if factors.conditions == 1 else factors.select(torch.from_numpy(index.reshape(-1)))
-
-
-@torch.inference_mode()
-def _generate(hypernetwork: Hypernetwork, vectors: Vectors) -> LoraFactors:
-    device = next(hypernetwork.parameters()).device
-    factors: LoraFactors = hypernetwork(torch.from_numpy(vectors).float().to(device))
-    return factors
-
-
-def carried(run: LoadedRun, factors: LoraFactors | None) -> LoraFactors | None:
-    """What the base of a run carries: factors, added to what it was trained on top of."""
-    if run.task_adapter is None:
-        return factors
-    fixed = run.task_adapter.factors.to(next(run.hypernetwork.parameters()).device)
-    return fixed if factors is None else sum_factors(factors, fixed)
 
 
 def make_arms(
@@ -169,15 +155,16 @@ def make_arms(
     """All arms that what is given allows, in the order of `ARMS`."""
 
     def generated(name: str) -> Arm:
-        def factors(trials: Sequence[Trial]) -> LoraFactors | None:
-            return carried(run, generated_factors(run, [vectors.vector(trial, name) for trial in trials]))
+        def factors(trials: Sequence[Trial]) -> LoraFactors:
+            return generated_factors(run, [vectors.vector(trial, name) for trial in trials], run.task_adapter)
 
         return Arm(name, run.base, by_wording=name != RANDOM, factors=factors)
 
     names = [OWN, OTHER, RANDOM] + ([] if isinstance(run.conditions, OneHotConditions) else [SHUFFLED])
     arms = [generated(name) for name in names]
     # None of these knows which wordings were trained on.
-    alone = carried(run, None)
+    device = next(run.hypernetwork.parameters()).device
+    alone = None if run.task_adapter is None else run.task_adapter.factors.to(device)
     heads: dict[str, Callable[[Trial], list[int]]] = {
         BASE: lambda trial: [],
         DESCRIBED: _described(text),
@@ -203,7 +190,7 @@ def _described(text: PromptFormat) -> Callable[[Trial], list[int]]:
 
 def _shared_factors(control: LoadedRun) -> Callable[[Sequence[Trial]], LoraFactors | None]:
     """The one adapter of a plain LoRA, whatever is asked."""
-    factors = carried(control, _generate(control.hypernetwork, np.zeros((1, control.conditions.size), np.float32)))
+    factors = composed_factors(control, torch.zeros(control.conditions.size), control.task_adapter)
     return lambda trials: factors
 
 

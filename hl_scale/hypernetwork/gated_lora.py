@@ -33,9 +33,9 @@ class GatedLora(Hypernetwork):
         super().__init__(lora, slots, condition_size)
         self.shared = PlainLora(lora, slots, condition_size)
         width, gates, pooled = config.hidden_width, len(self.slots) * lora.rank, condition_size
-        self.condition_tokens = config.condition_tokens
+        self.pooling: nn.Module = nn.Identity()
         if config.condition_tokens is not None:
-            attention = AttentionPooling(condition_size // config.condition_tokens, config.pooling_queries)
+            attention = AttentionPooling(condition_size, config.condition_tokens, config.pooling_queries)
             pooled = attention.width
             self.pooling = nn.Sequential(attention, nn.LayerNorm(pooled))
         self.direct = nn.Linear(pooled, gates)
@@ -49,9 +49,7 @@ class GatedLora(Hypernetwork):
 
     def gates(self, conditions: Tensor) -> Tensor:
         """(E, C) -> (E, K, r) weights of the parts of each slot."""
-        conditions = conditions.to(self.direct.weight.dtype)
-        if self.condition_tokens is not None:
-            conditions = self.pooling(conditions.unflatten(1, (self.condition_tokens, -1)))
+        conditions = self.pooling(conditions.to(self.direct.weight.dtype))
         hidden = self.watch_gradient(self.encoder(conditions))
         return (self.direct(conditions) + self.mixed(hidden)).unflatten(1, (len(self.slots), self.rank))
 

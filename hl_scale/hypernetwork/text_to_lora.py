@@ -65,21 +65,25 @@ class AttentionPooling(nn.Module):
     reads the keys and values of its own head: sum_t softmax_t(q_i . K_i x_t / sqrt(d)) V_i x_t.
 
     Args:
-        inputs: D, entries of a token's vector.
+        condition_size: T * D, entries of a condition.
+        tokens: T, vectors that lie end to end in it.
         queries: how many.
     """
 
     HEAD = 64
 
-    def __init__(self, inputs: int, queries: int) -> None:
+    def __init__(self, condition_size: int, tokens: int, queries: int) -> None:
         super().__init__()
+        inputs = condition_size // tokens
+        self.tokens = tokens
         self.width = queries * self.HEAD
         self.query = nn.Parameter(torch.randn(queries, self.HEAD))
         self.key = nn.Linear(inputs, self.width)
         self.value = nn.Linear(inputs, self.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(E, T, D) -> (E, queries * HEAD)."""
+    def forward(self, conditions: Tensor) -> Tensor:
+        """(E, T * D) -> (E, queries * HEAD)."""
+        tokens = conditions.unflatten(1, (self.tokens, -1))
         heads = (*tokens.shape[:2], *self.query.shape)
         keys, values = self.key(tokens).view(heads), self.value(tokens).view(heads)
         scores = torch.einsum("etqd,qd->etq", keys, self.query) / math.sqrt(self.HEAD)
@@ -99,10 +103,10 @@ class TextToLora(Hypernetwork):
         self.depth_of_slot = [layers.index(slot.layer) for slot in self.slots]
         self.module_of_slot = [modules.index(slot.module) for slot in self.slots]
         pooled = condition_size
+        self.pooling: nn.Module = nn.Identity()
         if config.condition_tokens is not None:
-            self.pooling = AttentionPooling(condition_size // config.condition_tokens, config.pooling_queries)
-            pooled = self.pooling.width
-        self.condition_tokens = config.condition_tokens
+            self.pooling = attention = AttentionPooling(condition_size, config.condition_tokens, config.pooling_queries)
+            pooled = attention.width
         self.condition = nn.Sequential(nn.Linear(pooled, z // 2), nn.LayerNorm(z // 2))
         self.depth_embedding = nn.Sequential(nn.Embedding(len(layers), z // 4), nn.LayerNorm(z // 4))
         self.module_embedding = nn.Sequential(nn.Embedding(len(modules), z // 4), nn.LayerNorm(z // 4))
@@ -126,9 +130,7 @@ class TextToLora(Hypernetwork):
         self.check_conditions(conditions)
         device = conditions.device
         conditions = conditions.to(next(self.condition.parameters()).dtype)
-        if self.condition_tokens is not None:
-            conditions = self.pooling(conditions.unflatten(1, (self.condition_tokens, -1)))
-        encoded = self.condition(conditions)
+        encoded = self.condition(self.pooling(conditions))
         depth = self.depth_embedding(torch.tensor(self.depth_of_slot, device=device))
         module = self.module_embedding(torch.tensor(self.module_of_slot, device=device))
         shape = (conditions.shape[0], len(self.slots), -1)

@@ -14,7 +14,7 @@ from hl_scale.data.peft_directory import AdapterError, read_adapter
 from hl_scale.engine.supervised import check_head
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import LoraFactors, SummedFactors
+from hl_scale.lora import LoraFactors, with_fixed
 from hl_scale.objectives.alignment import AlignmentObjective
 from hl_scale.objectives.reconstruction import ReconstructionObjective
 from hl_scale.objectives.supervised import chunked_cross_entropy, weight_penalty
@@ -160,9 +160,9 @@ class _Examples:
         adapted = Segments((*(start * self.tokens for start in starts), self.examples * self.tokens))
         if not packed and factors.conditions > 1:
             factors = factors.select(torch.zeros(self.examples, dtype=torch.int64, device=device))
-        if self.fixed is not None:
-            factors = SummedFactors(factors, self.fixed)
-        found = tracing.states(self.base, factors, self.examples, self.tokens, packed, adapted, noise)
+        found = tracing.states(
+            self.base, with_fixed(factors, self.fixed), self.examples, self.tokens, packed, adapted, noise
+        )
         rows = torch.arange(self.examples * self.tokens, device=device)
         return found.flatten(0, -2)[rows]
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from hl_scale.base import AdaptedModel
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
-from hl_scale.lora import LoraFactors, SummedFactors
+from hl_scale.lora import LoraFactors, with_fixed
 from hl_scale.objectives.alignment import AlignmentObjective
 
 ACTIVATIONS = "activations"
@@ -210,8 +210,7 @@ def trace_pass(
     """
 
     def run(factors: Any) -> Tensor:
-        added = factors if fixed is None else SummedFactors(factors, fixed)
-        return states(base, added, pairs, tokens, packed)
+        return states(base, with_fixed(factors, fixed), pairs, tokens, packed)
 
     return trace_job(base, hypernetwork, pairs, run, block=block)
 

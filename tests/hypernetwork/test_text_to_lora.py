@@ -295,11 +295,11 @@ def test_conditions_of_the_wrong_length_are_refused() -> None:
 
 def test_attention_pooling_is_a_softmax_over_the_tokens_that_are_there_whatever_their_padding() -> None:
     torch.manual_seed(0)
-    pooling = AttentionPooling(6, 3).double()
+    pooling = AttentionPooling(12 * 6, 12, 3).double()
     lengths = (4, 1, 7)
     tokens = [torch.randn(length, 6, dtype=torch.float64) for length in lengths]
     padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    found = pooling(torch.nn.functional.pad(padded, (0, 0, 0, 5)))
+    found = pooling(torch.nn.functional.pad(padded, (0, 0, 0, 5)).flatten(1))
     for row, own in zip(found, tokens, strict=True):
         expected = []
         for query in range(3):
