@@ -80,8 +80,11 @@ class LoraFactors:
         """r; the largest one where a sum (`sum_factors`) has slots that some parts lack."""
         return max(a.shape[1] for a in self.a.values())
 
-    def select(self, index: int | Tensor) -> LoraFactors:
-        """Factors of one condition (E = 1), or of several by an index tensor (repeats allowed)."""
+    def select(self, index: int | slice | Tensor) -> LoraFactors:
+        """Factors of one condition (E = 1), of a slice (views), or of several by an index tensor (repeats allowed)."""
+        if isinstance(index, slice):
+            a, b = ({path: factor[index] for path, factor in side.items()} for side in (self.a, self.b))
+            return replace(self, a=a, b=b)
         rows = torch.tensor([index]) if isinstance(index, int) else index
         return LoraFactors(
             self.slots,
@@ -110,12 +113,20 @@ class LoraFactors:
         return list(zip(inputs[::2], inputs[1::2], strict=True))
 
     def delta_norms(self) -> Tensor:
-        """(E,) float64 norm of s B A over all slots, without forming it: |BA|^2 = tr((B^T B)(A A^T))."""
-        total = torch.zeros(self.conditions, dtype=torch.float64)
+        """(E,) float64 norm of s B A over all slots, on the CPU."""
+        with torch.no_grad():
+            return self.squared_delta_norms(torch.float64).sqrt().cpu()
+
+    def squared_delta_norms(self, dtype: torch.dtype) -> Tensor:
+        """(E,) squared norm of s B A over all slots, without forming it; differentiable.
+
+        |B A|^2 = tr((B^T B) (A A^T)).
+        """
+        squares = []
         for slot in self.slots:
-            a, b = self.a[slot.path].double(), self.b[slot.path].double()
-            total = total + ((b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))).sum((1, 2)).detach().cpu()
-        return abs(self.scale) * total.clamp(min=0).sqrt()
+            a, b = self.a[slot.path].to(dtype), self.b[slot.path].to(dtype)
+            squares.append(((b.mT @ b) * (a @ a.mT)).sum((1, 2)))
+        return self.scale**2 * torch.stack(squares).sum(0).clamp(min=0)
 
 
 @dataclass(frozen=True)

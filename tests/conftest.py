@@ -174,7 +174,7 @@ def tiny_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "conditions": {"encoder": "base", "noise": 0.1},
         "objective": {
             "kind": "supervised", "label_smoothing": 0.1, "neftune_alpha": 5.0, "weight_penalty": 0.1,
-            "logit_tokens": 3,
+            "unfamiliar_penalty": 0.2, "logit_tokens": 3,
         },
     }  # fmt: skip
 

@@ -72,8 +72,8 @@ class _Case:
 
     def __init__(self, config: Config) -> None:
         self.settings = config.supervised
-        if self.settings.neftune_alpha or self.settings.weight_penalty:
-            raise ValueError("the step is compared without NEFTune and weight_penalty\n  fix: take such a recipe")
+        if self.settings.neftune_alpha or self.settings.weight_penalty or self.settings.unfamiliar_penalty:
+            raise ValueError("the step is compared without NEFTune and penalties\n  fix: take such a recipe")
         self.base = load_base(config.base, config.lora)
         workload = SupervisedWorkload(config, self.base, open_tasks(config.tasks))
         workload.vectors.prepare()

@@ -150,6 +150,12 @@ def scaled(embeddings: npt.ArrayLike) -> Vectors:
     return (rows / np.maximum(lengths, 1e-12) * np.sqrt(rows.shape[1])).astype(np.float32)
 
 
+def random_direction(generator: np.random.Generator, width: int) -> Vectors:
+    """(width,) drawn uniformly, of length sqrt(width) as embeddings are."""
+    drawn = generator.normal(size=width)
+    return (drawn / np.linalg.norm(drawn) * np.sqrt(width)).astype(np.float32)
+
+
 def parts(texts: Sequence[str]) -> list[Sequence[str]]:
     """Texts that are embedded and kept together; an interruption loses no more than one part."""
     return [texts[start : start + TEXTS_PER_PART] for start in range(0, len(texts), TEXTS_PER_PART)]

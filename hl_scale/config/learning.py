@@ -168,6 +168,9 @@ class SupervisedConfig(Section):
     """NEFTune: uniform noise on input embeddings within alpha / sqrt(tokens x width)."""
     weight_penalty: float = Field(default=0.0, ge=0)
     """Times the mean squares of generated A and B, summed over target modules."""
+    unfamiliar_penalty: float = Field(default=0.0, ge=0)
+    """Times the squared norm of the update of a random condition relative to the own ones, so that what is unlike any
+    description changes little. A hypernetwork without conditions is left as it is."""
     logit_tokens: int = Field(default=64, ge=1)
     """Logits exist for so many answer tokens at a time."""
 

@@ -257,11 +257,12 @@ class Config(Section):
                 raise ValueError(f"hypernetwork.generate_per_block is not offered by {self.hypernetwork.kind}")
             if not self.base.gradient_checkpointing:
                 raise ValueError("hypernetwork.generate_per_block needs base.gradient_checkpointing: true")
-            if isinstance(self.objective, SupervisedConfig) and self.objective.weight_penalty:
-                raise ValueError(
-                    "objective.weight_penalty needs the factors of all blocks at once: leave out "
-                    "hypernetwork.generate_per_block or the penalty"
-                )
+            for key in ("weight_penalty", "unfamiliar_penalty"):
+                if getattr(self.objective, key, 0):
+                    raise ValueError(
+                        f"objective.{key} needs the factors of all blocks at once: leave out "
+                        "hypernetwork.generate_per_block or the penalty"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from hl_scale.conditions.descriptions import (
     encoder_width,
     part_file,
     parts,
+    random_direction,
     scaled,
 )
 from hl_scale.conditions.sources import source
@@ -249,3 +250,10 @@ class TaskVectors:
         noise = np.random.default_rng([self.seed, 7, draw]).normal(scale=self.noise, size=width).astype(np.float32)
         noise *= found[:width] != 0  # padding stays padding
         return np.concatenate((found[:width] + noise, found[width:]))
+
+    def unfamiliar(self, task: int, description: int, draw: int) -> Vectors:
+        """(C,) of a wording with a random direction in place of its embedding; the number of the draw decides it."""
+        found = self._vectors[task][description]
+        width = len(found) if isinstance(self.conditions, OneHotConditions) else self.conditions.encoder.width
+        drawn = random_direction(np.random.default_rng([self.seed, 8, draw]), width)
+        return np.concatenate((drawn, found[width:]))

@@ -22,7 +22,7 @@ from hl_scale.engine.zero3 import World
 from hl_scale.hypernetwork import Hypernetwork
 from hl_scale.kernels import Segments
 from hl_scale.lora import LoraFactors, with_fixed
-from hl_scale.objectives.supervised import ResponseLoss, neftune_noise, weight_penalty
+from hl_scale.objectives.supervised import ResponseLoss, neftune_noise, unfamiliar_penalty, weight_penalty
 
 
 @dataclass
@@ -35,6 +35,7 @@ class TaskBatch:
         conditions: (E, C) float32.
         condition_index: (B,) rises from 0 to E - 1.
         draws: (B,) numbers that seed noise.
+        unfamiliar: (E, C) random conditions, or (0, C).
     """
 
     input_ids: Tensor
@@ -43,6 +44,7 @@ class TaskBatch:
     conditions: Tensor
     condition_index: Tensor
     draws: Tensor
+    unfamiliar: Tensor
 
     @property
     def tokens(self) -> int:
@@ -71,13 +73,18 @@ class SupervisedModule(TrainingModule):
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """Mean loss of the micro-batch, ()."""
-        factors = self.hypernetwork(batch.conditions)
-        states, targets, example = self._predicting_states(batch, factors)
+        known = len(batch.conditions)
+        factors = self.hypernetwork(torch.cat((batch.conditions, batch.unfamiliar)))
+        own = factors.select(slice(known)) if len(batch.unfamiliar) else factors
+        states, targets, example = self._predicting_states(batch, own)
         if not is_finite(states):
             return states.float().sum() * math.nan
         loss = self._loss[0](states, targets, example, len(batch.input_ids)).mean()
+        counts = torch.bincount(batch.condition_index, minlength=known)
         if self.config.weight_penalty:
-            loss = loss + self.config.weight_penalty * self._penalty(factors, batch)
+            loss = loss + self.config.weight_penalty * weight_penalty(own, counts if own.conditions > 1 else None)
+        if self.config.unfamiliar_penalty:
+            loss = loss + self.config.unfamiliar_penalty * unfamiliar_penalty(factors, counts)
         return loss if is_finite(loss) else loss * math.nan
 
     def example_losses(self, batch: TaskBatch, factors: LoraFactors) -> Tensor:
@@ -117,10 +124,6 @@ class SupervisedModule(TrainingModule):
             shape, seed = (tokens, self.base.hidden_size), self.seed * 1_000_003 + draw
             noise[row, :tokens] = neftune_noise(shape, self.config.neftune_alpha, seed)
         return noise.to(batch.input_ids.device)
-
-    def _penalty(self, factors: Any, batch: TaskBatch) -> Tensor:
-        counts = torch.bincount(batch.condition_index, minlength=len(batch.conditions))
-        return weight_penalty(factors, counts if factors.conditions > 1 else None)
 
 
 def _condition_segments(index: Tensor, ends: Sequence[int]) -> Segments:
@@ -187,14 +190,21 @@ class SupervisedWorkload:
         index = [rows.setdefault((task, wording), len(rows)) for task, wording, *_ in order]
         first = {key: next(row[3] for row in order if (row[0], row[1]) == key) for key in rows}
         conditions = np.stack([self.vectors.vector(*key, first[key]) for key in rows])
+        unfamiliar = conditions[:0]
+        if self.config.supervised.unfamiliar_penalty:
+            unfamiliar = np.stack([self.vectors.unfamiliar(*key, first[key]) for key in rows])
         texts = [
             (self.format.start + self.texts[t][w] + self.prompts[t][e], self.answers[t][e]) for t, w, e, _ in order
         ]
-        return task_batch(texts, conditions, index, [row[3] for row in order])
+        return task_batch(texts, conditions, index, [row[3] for row in order], unfamiliar)
 
 
 def task_batch(
-    texts: Sequence[tuple[list[int], list[int]]], conditions: np.ndarray, index: Sequence[int], draws: Sequence[int]
+    texts: Sequence[tuple[list[int], list[int]]],
+    conditions: np.ndarray,
+    index: Sequence[int],
+    draws: Sequence[int],
+    unfamiliar: np.ndarray | None = None,
 ) -> TaskBatch:
     """Token ids of (prompt, answer) to a padded batch; see `TaskBatch`."""
     longest = max(len(prompt) + len(answer) for prompt, answer in texts)
@@ -206,10 +216,9 @@ def task_batch(
         input_ids[row, :size] = torch.tensor(prompt + answer)
         mask[row, :size] = 1
         answers[row, len(prompt) : size] = True
-    return TaskBatch(
-        input_ids, mask, answers, torch.from_numpy(np.ascontiguousarray(conditions)), torch.tensor(index),
-        torch.tensor(draws),
-    )  # fmt: skip
+    vectors = torch.from_numpy(np.ascontiguousarray(conditions))
+    random = vectors[:0] if unfamiliar is None else torch.from_numpy(np.ascontiguousarray(unfamiliar))
+    return TaskBatch(input_ids, mask, answers, vectors, torch.tensor(index), torch.tensor(draws), random)
 
 
 class PromptFormat:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hl_scale.base import AdaptedModel, TaskAdapter
-from hl_scale.conditions.descriptions import EncoderError, Vectors
+from hl_scale.conditions.descriptions import EncoderError, Vectors, random_direction
 from hl_scale.engine.conditions import DescriptionConditions, OneHotConditions
 from hl_scale.engine.run import LoadedRun, composed_factors
 from hl_scale.engine.supervised import PromptFormat
@@ -125,9 +125,7 @@ class TrialVectors:
         return True
 
     def _random(self, trial: Trial, width: int) -> Vectors:
-        """A direction drawn at random, of length sqrt(width)."""
-        drawn = self._generator(trial).normal(size=width)
-        return (drawn / np.linalg.norm(drawn) * np.sqrt(width)).astype(np.float32)
+        return random_direction(self._generator(trial), width)
 
     def _generator(self, trial: Trial) -> np.random.Generator:
         place = [self.tasks.index(trial.task.name), list(GROUPS).index(trial.group), trial.wording]

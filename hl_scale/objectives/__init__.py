@@ -2,7 +2,13 @@
 
 from hl_scale.objectives.alignment import AlignmentObjective, EmptyCloudError
 from hl_scale.objectives.reconstruction import ReconstructionObjective
-from hl_scale.objectives.supervised import EmptyAnswerError, ResponseLoss, neftune_noise, weight_penalty
+from hl_scale.objectives.supervised import (
+    EmptyAnswerError,
+    ResponseLoss,
+    neftune_noise,
+    unfamiliar_penalty,
+    weight_penalty,
+)
 from hl_scale.objectives.tada import TadaObjective, reverse_gradient, sentence_state_of
 
 __all__ = [
@@ -15,5 +21,6 @@ __all__ = [
     "neftune_noise",
     "reverse_gradient",
     "sentence_state_of",
+    "unfamiliar_penalty",
     "weight_penalty",
 ]

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _CPU_TILE = 1024
 """Rows of a 16-bit W upcast at a time on CPUs, whose 16-bit products round their results: they stay in cache."""
 
+_NO_UPDATE = 1e-12
+"""Squared norm below which an update counts as none: delta W = 0 at first, and nothing may be divided by it."""
+
 
 class EmptyAnswerError(ValueError):
     """An example has no token to predict."""
@@ -135,6 +138,24 @@ def weight_penalty(factors: LoraFactors, counts: Tensor | None = None) -> Tensor
         return penalties.mean()
     shares = counts.to(penalties)
     return (penalties * shares).sum() / shares.sum()
+
+
+def unfamiliar_penalty(factors: LoraFactors, counts: Tensor) -> Tensor:
+    """Squared norm of the updates of unfamiliar conditions, relative to the own ones: (), float32.
+
+    Without it a condition unlike any description gets the adapter of some task or other. Norms of own updates are
+    taken as constants.
+
+    Args:
+        factors: of E own conditions and E unfamiliar ones after them; one condition for all gives 0.
+        counts: (E,) numbers of examples, which weigh the ratios.
+    """
+    if factors.conditions == 1:
+        return torch.zeros((), device=counts.device)
+    own, unfamiliar = factors.squared_delta_norms(torch.float32).unflatten(0, (2, -1))
+    ratios = unfamiliar / own.detach().clamp(min=_NO_UPDATE)
+    shares = counts.to(ratios)
+    return (ratios * shares).sum() / shares.sum()
 
 
 def neftune_noise(shape: tuple[int, int], alpha: float, seed: int) -> Tensor:

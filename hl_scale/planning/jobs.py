@@ -17,7 +17,7 @@ from hl_scale.kernels import Segments
 from hl_scale.lora import LoraFactors, with_fixed
 from hl_scale.objectives.alignment import AlignmentObjective
 from hl_scale.objectives.reconstruction import ReconstructionObjective
-from hl_scale.objectives.supervised import chunked_cross_entropy, weight_penalty
+from hl_scale.objectives.supervised import chunked_cross_entropy, unfamiliar_penalty, weight_penalty
 from hl_scale.planning import tracing
 from hl_scale.planning.outline import outline
 from hl_scale.planning.tracing import PassMemory
@@ -76,7 +76,7 @@ class Job:
             return tracing.trace_pass(base, hypernetwork, samples, tokens, packed, block, self.fixed)
         if self.kind == "reconstruction":
             return tracing.trace_job(base, hypernetwork, samples, self._targets, self._distance, block)
-        conditions = -(-samples // self.group)
+        conditions = -(-samples // self.group) * (2 if self.config.supervised.unfamiliar_penalty else 1)
         run = _Examples(self.config, base, samples, tokens, self.fixed)
         return tracing.trace_job(base, hypernetwork, conditions, run.states, self._answer_loss, block)
 
@@ -98,9 +98,12 @@ class Job:
     def _answer_loss(self, states: Tensor, factors: Any) -> Tensor:
         assert self.loss is not None
         loss: Tensor = self.loss(states)
-        penalty = self.config.supervised.weight_penalty
-        if penalty:
-            loss = loss + penalty * weight_penalty(factors, torch.ones(factors.conditions, device=states.device))
+        settings, own = self.config.supervised, _own(factors, self.config)
+        counts = torch.ones(own.conditions, device=states.device)
+        if settings.weight_penalty:
+            loss = loss + settings.weight_penalty * weight_penalty(own, counts)
+        if settings.unfamiliar_penalty:
+            loss = loss + settings.unfamiliar_penalty * unfamiliar_penalty(factors, counts)
         return loss
 
     def _targets(self, factors: LoraFactors) -> LoraFactors:
@@ -158,6 +161,7 @@ class _Examples:
         noise = torch.zeros(shape, device=device) if self.config.supervised.neftune_alpha else None
         starts = range(0, self.examples, self.group)
         adapted = Segments((*(start * self.tokens for start in starts), self.examples * self.tokens))
+        factors = _own(factors, self.config)
         if not packed and factors.conditions > 1:
             factors = factors.select(torch.zeros(self.examples, dtype=torch.int64, device=device))
         found = tracing.states(
@@ -165,6 +169,13 @@ class _Examples:
         )
         rows = torch.arange(self.examples * self.tokens, device=device)
         return found.flatten(0, -2)[rows]
+
+
+def _own(factors: Any, config: Config) -> Any:
+    """Those of descriptions; unfamiliar conditions, where they are penalised, are as many and follow them."""
+    if factors.conditions == 1 or not config.supervised.unfamiliar_penalty:
+        return factors
+    return factors.select(slice(factors.conditions // 2))
 
 
 def _statistics(hypernetwork: Hypernetwork) -> LibraryStatistics:

@@ -102,10 +102,19 @@ def _tasks(config: Config, base: Any, model: Any) -> tuple[int, Any]:
                 for side in (factors.a, factors.b):
                     own = torch.stack([side[slot.path] for slot in factors.slots if slot.module == module])
                     loss = loss + settings.weight_penalty * own.square().mean()
+            random = hypernetwork(torch.from_numpy(workload.vectors.unfamiliar(task, wording, first)).double()[None])
+            loss = loss + settings.unfamiliar_penalty * _square(random) / _square(factors).detach().clamp(min=1e-30)
             found.append(loss)
         return found
 
     return workload.condition_size, losses
+
+
+def _square(factors: Any) -> Tensor:
+    """|delta W|^2 of one condition, formed."""
+    return torch.stack(
+        [(factors.scale * factors.b[path][0] @ a[0]).square().sum() for path, a in factors.a.items()]
+    ).sum()
 
 
 def _fixed(config: Config, base: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hl_scale.config import SupervisedConfig
 from hl_scale.lora import LoraFactors, Slot
-from hl_scale.objectives import EmptyAnswerError, ResponseLoss, neftune_noise, weight_penalty
+from hl_scale.objectives import EmptyAnswerError, ResponseLoss, neftune_noise, unfamiliar_penalty, weight_penalty
 from hl_scale.objectives.supervised import chunked_cross_entropy
 
 WIDTH, VOCABULARY = 13, 2053  # more than one tile of the vocabulary, the last one short
@@ -263,3 +263,27 @@ def test_neftune_noise_depends_on_its_seed_alone() -> None:
     assert torch.equal(neftune_noise((4, 6), 5.0, seed=3), first)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(neftune_noise((4, 6), 5.0, seed=4), first)
+
+
+def test_the_unfamiliar_penalty_is_the_ratio_of_squared_norms_and_lowers_the_unfamiliar_updates_alone() -> None:
+    generated = factors(4)
+    leaves = [tensor.requires_grad_() for side in (generated.a, generated.b) for tensor in side.values()]
+
+    def square(row: int) -> Tensor:
+        return sum((generated.b[s.path][row] @ generated.a[s.path][row]).square().sum() for s in SLOTS)
+
+    penalty = unfamiliar_penalty(generated, torch.tensor([3, 1]))
+    torch.testing.assert_close(penalty, (3 * square(2) / square(0) + square(3) / square(1)) / 4)
+    penalty.backward()
+    for leaf in leaves:
+        assert leaf.grad is not None and (leaf.grad[:2] == 0).all() and leaf.grad[2:].all()
+
+
+def test_no_update_at_all_has_no_unfamiliar_penalty_and_no_gradient() -> None:
+    generated = factors(4)
+    for side in generated.b.values():
+        side.zero_().requires_grad_()
+    penalty = unfamiliar_penalty(generated, torch.ones(2))
+    penalty.backward()
+    assert penalty == 0 and not any(side.grad.any() for side in generated.b.values() if side.grad is not None)
+    assert unfamiliar_penalty(factors(1), torch.ones(2)) == 0
