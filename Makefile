@@ -28,7 +28,7 @@ RECONSTRUCT := configs/reconstruct_gemma270m_cpu.yaml
 LIBRARY := libraries/builtin
 LIBRARY_TASKS := sentence.good_bad sentence.one_zero sentence.first_word sentence.last_word words.first words.second \
   words.reversed words.first_initial word.upper word.first_letter numbers.larger numbers.swapped
-LIBRARY_BUDGET := training.steps=60 training.global_batch_size=16 data.examples_per_condition=1
+LIBRARY_BUDGET := lora.rank=8 lora.alpha=32 training.steps=60 training.global_batch_size=16 data.examples_per_condition=1
 
 .PHONY: setup demo results results-t2l results-grid results-reconstruct serve-demo test test-slow test-gpu test-faults lint format bench clean
 

@@ -146,7 +146,7 @@ def test_environment_variables_without_a_section_are_not_keys(path: Path) -> Non
 
 
 def test_one_file_serves_for_a_run_and_for_a_control_of_another_kind() -> None:
-    file = next(path for path in CONFIGS if path.name == "t2l_gemma270m_cpu.yaml")
+    file = next(path for path in CONFIGS if path.name == "t2l_mistral7b.yaml")
     assert "head_width" in file.read_text(encoding="utf-8")
     control = load_config(file, ["hypernetwork.kind=plain_lora"], {})
     assert control.hypernetwork.kind == "plain_lora" and control.training == load_config(file, (), {}).training

@@ -236,11 +236,12 @@ class AdaptedModel(nn.Module):
         found: list[list[int]] = [[] for _ in range(len(input_ids))]
         with self._adapted(factors, None):
             for _ in range(max_new_tokens):
-                output = self.model(
-                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
-                tokens, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+                output = self.model.base_model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+                # Of two dimensions: for a strided (B, 1, D), CPUs copy the head's weight for every row.
+                logits, cache = self.output_head(output.last_hidden_state[:, -1]), output.past_key_values
+                tokens = logits.argmax(-1, keepdim=True)
                 going &= ~torch.isin(tokens[:, 0], stops)
                 for row in going.nonzero()[:, 0].tolist():
                     found[row].append(int(tokens[row, 0]))

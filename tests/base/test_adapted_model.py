@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hl_scale.base import AdaptedModel, QuantizedLinear
 from hl_scale.lora import LoraFactors
@@ -76,6 +77,29 @@ def test_generation_is_the_token_by_token_argmax_of_logits_for_each_row_with_its
     assert len(ended[2]) == 4 and len(ended[0]) == 12
     assert base.generate(left, left_mask, generated, max_new_tokens=12, stop_ids=[stop]) == ended
     assert all(module.adapter is None for module in base.linears.values())
+
+
+class BatchedProducts(TorchDispatchMode):
+    """Sizes of the operands of batched products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "bmm" in str(func):
+            self.sizes.update(size for operand in args if isinstance(operand, Tensor) for size in operand.shape)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_generation_does_not_repeat_the_head_for_each_row(saved: Saved, load: Load) -> None:
+    base, (ids, mask) = load(saved("gemma"), "gemma"), batch()
+    vocabulary = len(base.output_head.weight)
+    products = BatchedProducts()
+    with products:
+        base.generate(ids, mask, max_new_tokens=3)
+    assert vocabulary not in products.sizes
 
 
 @torch.no_grad()
