@@ -72,5 +72,5 @@ def test_paths_of_an_encoder_and_a_library_become_absolute_and_ids_stay(tmp_path
     assert absolute.reconstruction.library == str(tmp_path / "libraries/x")
     assert absolute.conditions.encoder == str(tmp_path / "encoder")
     absolute = with_absolute_paths(load_config(CONFIGS / "t2l_gemma270m_cpu.yaml"))
-    assert absolute.conditions.encoder == "package:all-minilm-l6-v2"
+    assert absolute.conditions.encoder == "package:all-minilm-l6-v2 + base_mean"
     assert absolute.base.model == "package:gemma3-270m"

@@ -116,7 +116,7 @@ def test_gradients_of_tasks_on_top_of_a_task_adapter_are_those_of_a_float64_mode
 ):
     overrides = {**tiny_tasks, "lora.task_adapter": adapter, **WAYS[way]}
     if way == "everything":  # factors that exist for one block at a time have no penalty
-        overrides["objective"] = {**tiny_tasks["objective"], "weight_penalty": 0.0}
+        overrides["objective"] = {**tiny_tasks["objective"], "weight_penalty": 0.0, "unfamiliar_penalty": 0.0}
     config = tiny_config(tmp_path, overrides)
     workload = inputs.load_inputs(config, ALONE)
     workload.prepare(ALONE, lambda text: None)
