@@ -27,8 +27,9 @@ from hl_scale.lora import LoraFactors
 RECIPE = Path("configs/t2l_gemma270m_cpu.yaml")
 AS_PUBLISHED = (
     "hypernetwork.kind=text_to_lora", "hypernetwork.latent_width=256", "hypernetwork.head_width=256", "lora.rank=8",
-    "lora.alpha=32", "conditions.encoder=package:all-minilm-l6-v2", "conditions.noise=0", "objective.unfamiliar_penalty=0",
-    "data.examples_per_condition=2", "training.global_batch_size=32", "training.micro_batch_size=16",
+    "lora.alpha=32", "conditions.encoder=package:all-minilm-l6-v2", "conditions.noise=0",
+    "objective.unfamiliar_penalty=0", "data.examples_per_condition=2", "training.global_batch_size=32",
+    "training.micro_batch_size=16",
 )  # fmt: skip
 """Of the recipe: hypernetwork, rank and batch as published, at widths that suit the small base."""
 TOLERANCE = 1e-3
