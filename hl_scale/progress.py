@@ -22,11 +22,32 @@ LINE_SECONDS = 30.0
 """Lines are so far apart; work that takes less writes none."""
 
 
+class Counter:
+    """How far a piece of work is. Called with how many were just done.
+
+    Attributes:
+        count: done so far.
+        text: what is being done.
+    """
+
+    def __init__(self, text: str, show: Callable[[Counter], None]) -> None:
+        self.count, self.text, self._show = 0, text, show
+
+    def __call__(self, done: int) -> None:
+        self.count += done
+        self._show(self)
+
+    def say(self, text: str) -> None:
+        """Say what is being done."""
+        self.text = text
+        self._show(self)
+
+
 @contextmanager
 def counting_bar(
     doing: str, total: int, shown: bool, amount: ProgressColumn | None = None, unit: str = ""
-) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told how many were just done. All is written to stderr.
+) -> Iterator[Counter]:
+    """Yields what is told how many were just done, and if it changes, what is being done. All is written to stderr.
 
     Args:
         doing: what is done.
@@ -37,25 +58,27 @@ def counting_bar(
     """
     console = Console(stderr=True)
     if not sys.stderr.isatty():
-        yield _lines(doing, total, unit) if shown else lambda done: None
+        yield Counter(doing, _lines(total, unit) if shown else lambda counter: None)
         return
-    columns = (TextColumn(doing), BarColumn(), amount or MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TextColumn(unit))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as bar:
         task = bar.add_task(doing, total=total)
-        yield lambda done: bar.update(task, advance=done)
+        yield Counter(doing, lambda counter: bar.update(task, completed=counter.count, description=counter.text))
 
 
-def _lines(doing: str, total: int, unit: str) -> Callable[[int], None]:
-    count, begun = 0, time.monotonic()
+def _lines(total: int, unit: str) -> Callable[[Counter], None]:
+    begun = time.monotonic()
     last = begun
 
-    def advance(done: int) -> None:
-        nonlocal count, last
-        count, now = count + done, time.monotonic()
-        if now - last >= LINE_SECONDS and count:
-            last = now
-            left = (now - begun) / count * (total - count) / 60
-            text = f"{doing}: {100 * count // max(total, 1)}% of {total} {unit}".rstrip()
-            print(f"{text}, {left:.1f} min left", file=sys.stderr, flush=True)
+    def show(counter: Counter) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            return
+        last = now
+        text = f"{counter.text}: {100 * counter.count // max(total, 1)}% of {total} {unit}".rstrip()
+        if counter.count:
+            text += f", {(now - begun) / counter.count * (total - counter.count) / 60:.1f} min left"
+        print(text, file=sys.stderr, flush=True)
 
-    return advance
+    return show

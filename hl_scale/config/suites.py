@@ -45,6 +45,9 @@ class SuiteConfig(Section):
     """Most parameters of an adapter as one dialect carries it; those of one generated LoRA unless given."""
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Peak learning rate of a baseline by the name of its method, where it is not the usual one."""
+    dialect_steps: Count | None = None
+    """Steps of the LoRAs of one dialect (`lora_dialect`, `aligned`, `annotated`); the recipe's unless given. They have
+    a few hundred sentences at most, of which a recipe's steps are very many epochs."""
     bootstrap_samples: int = Field(default=4000, ge=100)
     """Resamples of test sentences (95% intervals)."""
     seed: int = Field(default=0, ge=0)

@@ -13,7 +13,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from hl_scale.conditions import typology
 from hl_scale.config import LabelledDataConfig
@@ -49,6 +39,7 @@ from hl_scale.data.labelled_sources import LabelledError, Row, read_labelled
 from hl_scale.data.resources import ResourceError, ensure_resources, resource_directory
 from hl_scale.data.sentences import digest_texts
 from hl_scale.data.shards import FORMAT_VERSION, ShardWriter, replaced_directory, write_manifest
+from hl_scale.progress import counting_bar
 
 logger = logging.getLogger(__name__)
 
@@ -234,22 +225,16 @@ def _transform_missing(
     chosen += [e for e in examples if e.split == "train"][: data.annotated_sentences]
     texts = list(dict.fromkeys(text for example in chosen for text in example.row.texts))
     if missing:
-        with ray_session(data.num_workers), _bar(len(texts) * len(missing)) as (progress, task):
+        total = len(texts) * len(missing)
+        with ray_session(data.num_workers), counting_bar("transforming", total, True, unit="sentences") as bar:
             for name in missing:
-                progress.update(task, description=name)
+                bar.say(f"transforming, {name}")
                 forms = {}
                 for form in _transform(texts, name, data, lacking):
                     forms[texts[form["sentence_id"]]] = form
-                    progress.advance(task)
+                    bar(1)
                 entries[name] = _write_variety(partial, name, prints[name], chosen, forms, data.rows_per_shard)
     return {name: entries[name] for name in prints}, missing
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        yield progress, progress.add_task("transforming", total=total)
 
 
 def _transform(

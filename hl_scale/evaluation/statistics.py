@@ -91,13 +91,21 @@ class SentenceBootstrap:
             ValueError: sizes differ, a value is not finite, or the denominator's mean is not positive.
         """
         top, bottom, columns = self._checked(numerator, denominator, rows)
-        return self._estimate(top.mean() / bottom.mean(), self._resampled(top, bottom, columns))
+        return self.estimate(top.mean() / bottom.mean(), self._resampled(top, bottom, columns))
 
     def difference(
         self, alternative: npt.ArrayLike, own: npt.ArrayLike, base: npt.ArrayLike, rows: npt.ArrayLike | None = None
     ) -> Estimate:
         """Paired difference of ratios, alternative/base - own/base; positive where the alternative is worse."""
         return self.ratio(np.asarray(alternative, np.float64) - np.asarray(own, np.float64), base, rows)
+
+    def sums(self, values: Array, rows: npt.NDArray[np.intp]) -> Array:
+        """sum_i c_i v_i of every resample, (S, k), for `values` (m, k) of the sentences `rows` (m,)."""
+        found = np.empty((self.samples, values.shape[1]))
+        block = max(1, _BLOCK_ELEMENTS // rows.size)
+        for start in range(0, self.samples, block):
+            found[start : start + block] = self._counts[start : start + block][:, rows].astype(np.float64) @ values
+        return found
 
     def average(self, parts: Sequence[tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike | None]]) -> Estimate:
         """Unweighted average of several ratios (numerator, denominator, rows), all resampled with the same counts."""
@@ -108,7 +116,7 @@ class SentenceBootstrap:
             top, bottom, columns = self._checked(numerator, denominator, rows)
             value += top.mean() / bottom.mean() / len(parts)
             resampled += self._resampled(top, bottom, columns) / len(parts)
-        return self._estimate(value, resampled)
+        return self.estimate(value, resampled)
 
     def _checked(
         self, numerator: npt.ArrayLike, denominator: npt.ArrayLike, rows: npt.ArrayLike | None
@@ -131,16 +139,17 @@ class SentenceBootstrap:
 
     def _resampled(self, top: Array, bottom: Array, columns: npt.NDArray[np.intp]) -> Array:
         """R(c) for every resample, (S,); NaN where the resampled denominator is not positive."""
-        both = np.stack([top, bottom], axis=1)
-        sums = np.empty((self.samples, 2))
-        block = max(1, _BLOCK_ELEMENTS // columns.size)
-        for start in range(0, self.samples, block):
-            sums[start : start + block] = self._counts[start : start + block][:, columns].astype(np.float64) @ both
+        sums = self.sums(np.stack([top, bottom], axis=1), columns)
         positive = sums[:, 1] > 0
         return np.divide(sums[:, 0], sums[:, 1], out=np.full(self.samples, np.nan), where=positive)
 
     @staticmethod
-    def _estimate(value: float, resampled: Array) -> Estimate:
+    def estimate(value: float, resampled: Array) -> Estimate:
+        """A value with the interval of its resamples (S,), those that are NaN left out.
+
+        Raises:
+            ValueError: all of them are.
+        """
         defined = resampled[~np.isnan(resampled)]
         if defined.size == 0:
             raise ValueError("no resample has a positive denominator: too few sentences differ from the base")

@@ -16,7 +16,7 @@ _CURVES = {"aligned": ("#D55E00", "o"), "annotated": ("#009E73", "s")}
 
 
 def method_chart(task: Mapping[str, Any]) -> Figure:
-    """Bars with 95% intervals: accuracy of every method, mean over dialects; beside it the own adapter minus each."""
+    """Bars with 95% intervals: quality of every method, mean over dialects; beside it the own adapter minus each."""
     methods, found = task["methods"], {each["second"]: each["mean"] for each in task["differences"]}
     figure = Figure(figsize=(11, 1.2 + 0.34 * len(methods)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -33,7 +33,7 @@ def method_chart(task: Mapping[str, Any]) -> Figure:
     left.set_xlim(max(0.0, span[0] - 3), min(100.0, span[1] + 1))
     left.set_yticks(range(len(methods)), [method["method"] for method in methods])
     left.invert_yaxis()
-    left.set_xlabel("accuracy in %, mean of dialects (axis does not begin at 0)")
+    left.set_xlabel(f"{_scaled(task)}, mean of dialects (axis does not begin at 0)")
     right.axvline(0, color="#444444", linewidth=1, linestyle="--")
     right.set_xlabel("own adapter minus this, points")
     for axes in (left, right):
@@ -42,18 +42,18 @@ def method_chart(task: Mapping[str, Any]) -> Figure:
 
 
 def annotation_chart(task: Mapping[str, Any]) -> Figure:
-    """Accuracy by the number of sentences of the dialect, and the level of the generated adapter."""
+    """Quality by the number of sentences of the dialect, and the level of the generated adapter."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for kind, curve in task["curves"].items():
         colour, marker = _CURVES[kind]
-        values = np.array([_percent(point) for point in curve["accuracy"]])
+        values = np.array([_percent(point) for point in curve["quality"]])
         axes.plot(curve["counts"], values[:, 0], color=colour, marker=marker, label=f"LoRA of the dialect, {kind}")
         axes.fill_between(curve["counts"], values[:, 1], values[:, 2], color=colour, alpha=0.15, linewidth=0)
     levels = {method["method"]: method["mean"] for method in task["methods"]}
     for name, colour in ((OWN, _OWN), ("none", _OTHER)):
         axes.axhline(_percent(levels[name])[0], color=colour, linestyle="--", label=name)
-    axes.set(xscale="log", xlabel="sentences of the dialect", ylabel="accuracy in %, mean of dialects")
+    axes.set(xscale="log", xlabel="sentences of the dialect", ylabel=f"{_scaled(task)}, mean of dialects")
     counts = sorted({count for curve in task["curves"].values() for count in curve["counts"]})
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
@@ -78,6 +78,10 @@ def coverage_chart(task: Mapping[str, Any]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure
+
+
+def _scaled(task: Mapping[str, Any]) -> str:
+    return "accuracy in %" if task["metric"] == "accuracy" else f"{task['metric']} x 100"
 
 
 def _percent(part: Mapping[str, Any]) -> tuple[float, float, float]:

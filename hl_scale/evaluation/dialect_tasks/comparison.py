@@ -1,4 +1,7 @@
-"""From measured rows to what is said of them: accuracies, paired differences, points lost and regained."""
+"""From measured rows to what is said of them: qualities, paired differences, points lost and regained.
+
+Quality is accuracy, or Pearson's correlation where labels are scores.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from hl_scale.conditions import typology
 from hl_scale.evaluation.controls import OWN
 from hl_scale.evaluation.dialect_tasks.methods import NONE, TRAINED
-from hl_scale.evaluation.dialect_tasks.statistics import Scores, accuracy, difference, mcnemar
+from hl_scale.evaluation.dialect_tasks.statistics import Predictions, difference, mcnemar, quality, share
 from hl_scale.evaluation.dialect_tasks.workbench import Row
 from hl_scale.evaluation.statistics import SentenceBootstrap
 
@@ -31,8 +34,13 @@ class TaskTable:
             self.rows.setdefault((heading(row), row.variety), []).append(row)
         ids = sorted({i for group in self.rows.values() for i in group[0].measurement.example_ids})
         number = {example: row for row, example in enumerate(ids)}
-        self.scores = {key: _scores(group, number) for key, group in self.rows.items()}
+        self.found = {key: _predictions(group, number) for key, group in self.rows.items()}
+        self.metric = "Pearson's correlation" if self._scores else "accuracy"
         self.bootstrap = SentenceBootstrap(len(ids), samples=samples, seed=seed)
+
+    @property
+    def _scores(self) -> bool:
+        return next(iter(self.found.values())).scores
 
     @property
     def methods(self) -> list[str]:
@@ -45,14 +53,14 @@ class TaskTable:
     def seen(self, method: str, variety: str) -> bool:
         return self.rows[method, variety][0].seen
 
-    def of(self, method: str, varieties: Sequence[str]) -> list[Scores]:
-        return [self.scores[method, variety] for variety in varieties]
+    def of(self, method: str, varieties: Sequence[str]) -> list[Predictions]:
+        return [self.found[method, variety] for variety in varieties]
 
     def method_facts(self, method: str) -> dict[str, Any]:
-        """Accuracy in every variety, their mean, Standard English, and the spread over seeds."""
+        """Quality in every variety, their mean, Standard English, and the spread over seeds."""
         names = self.varieties(method)
         row = self.rows[method, names[0]][0]
-        by_seed = np.mean([scores.correct.mean(1) for scores in self.of(method, names)], axis=0)
+        by_seed = np.mean([part.qualities() for part in self.of(method, names)], axis=0)
         facts: dict[str, Any] = {
             "method": method,
             "carried": row.carried,
@@ -61,10 +69,10 @@ class TaskTable:
             "seeds": len(by_seed),
             "by_seed": by_seed.tolist(),
             "spread": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
-            "mean": accuracy(self.bootstrap, self.of(method, names)).to_dict(),
+            "mean": quality(self.bootstrap, self.of(method, names)).to_dict(),
             "dialects": {
                 name: {
-                    **accuracy(self.bootstrap, self.of(method, [name])).to_dict(),
+                    **quality(self.bootstrap, self.of(method, [name])).to_dict(),
                     "seen": self.seen(method, name),
                     "cells": [each.cell for each in self.rows[method, name]],
                 }
@@ -73,11 +81,12 @@ class TaskTable:
             "standard": None,
         }
         if (method, typology.STANDARD) in self.rows:
-            facts["standard"] = accuracy(self.bootstrap, self.of(method, [typology.STANDARD])).to_dict()
+            facts["standard"] = quality(self.bootstrap, self.of(method, [typology.STANDARD])).to_dict()
         return facts
 
     def difference(self, first: str, second: str, varieties: Sequence[str]) -> dict[str, Any]:
-        """first - second on the same sentences: their mean over varieties, and each with McNemar's p for every seed."""
+        """first - second on the same sentences: their mean over varieties, and each with McNemar's p for every seed;
+        None of scores."""
         return {
             "first": first,
             "second": second,
@@ -91,15 +100,17 @@ class TaskTable:
             },
         }
 
-    def _p(self, first: str, second: str, variety: str) -> list[float]:
-        ours = self.scores[first, variety]
-        theirs = self.scores[second, variety].at(ours.rows)
+    def _p(self, first: str, second: str, variety: str) -> list[float] | None:
+        if self._scores:
+            return None
+        ours = self.found[first, variety]
+        theirs = self.found[second, variety].at(ours.rows)
         return [mcnemar(a, b) for a, b in zip(ours.correct, theirs.correct, strict=True)]
 
     def headline(self, own: str = OWN) -> dict[str, Any] | None:
         """Points lost to dialect, points that the own adapters regain, and the same against the best baseline.
 
-        In varieties that no training has seen. Lost: accuracy on the Standard English originals less that on the
+        In varieties that no training has seen. Lost: quality on the Standard English originals less that on the
         dialect, under the task adapter alone; the share that is regained is None unless that is clear of 0. The best
         baseline is the one with the highest mean on these very sentences, which favours it.
         """
@@ -107,25 +118,19 @@ class TaskTable:
         if not names or (NONE, typology.STANDARD) not in self.rows:
             return None
         bare, ours = self.of(NONE, names), self.of(own, names)
-        original = [self.scores[NONE, typology.STANDARD].at(part.rows) for part in bare]
+        original = [self.found[NONE, typology.STANDARD].at(part.rows) for part in bare]
         lost = difference(self.bootstrap, original, bare)
         regained = difference(self.bootstrap, ours, bare)
         rivals = [name for name in self.methods if name in TRAINED]
-        best = max(rivals, key=lambda name: accuracy(self.bootstrap, self.of(name, names)).value, default=None)
+        best = max(rivals, key=lambda name: quality(self.bootstrap, self.of(name, names)).value, default=None)
         return {
             "varieties": names,
             "lost": lost.to_dict(),
             "regained": regained.to_dict(),
-            "share": self._share(ours, bare, original) if lost.low > 0 else None,
+            "share": share(self.bootstrap, ours, bare, original).to_dict() if lost.low > 0 else None,
             "best_baseline": best,
             "over_best": None if best is None else difference(self.bootstrap, ours, self.of(best, names)).to_dict(),
         }
-
-    def _share(self, ours: Sequence[Scores], bare: Sequence[Scores], original: Sequence[Scores]) -> dict[str, Any]:
-        """Regained over lost, all sentences of all varieties together."""
-        gain = np.concatenate([a.at(b.rows).mean - b.mean for a, b in zip(ours, bare, strict=True)])
-        loss = np.concatenate([a.mean - b.mean for a, b in zip(original, bare, strict=True)])
-        return self.bootstrap.ratio(gain, loss, np.concatenate([part.rows for part in bare])).to_dict()
 
 
 def heading(row: Row) -> str:
@@ -134,11 +139,12 @@ def heading(row: Row) -> str:
     return f"{name} ({row.variant})" if row.variant else name
 
 
-def _scores(group: Sequence[Row], number: dict[int, int]) -> Scores:
+def _predictions(group: Sequence[Row], number: dict[int, int]) -> Predictions:
     """Rows of several seeds, sentences in the order of their numbers."""
-    ids = group[0].measurement.example_ids
-    if any(row.measurement.example_ids != ids for row in group):
+    first = group[0].measurement
+    if any(row.measurement.example_ids != first.example_ids for row in group):
         raise ValueError(f"{group[0].method} was measured on other sentences under another seed")
-    rows = np.array([number[example] for example in ids], dtype=np.intp)
+    rows = np.array([number[example] for example in first.example_ids], dtype=np.intp)
     order = np.argsort(rows, kind="stable")
-    return Scores(rows[order], np.stack([row.measurement.correct[order] for row in group]))
+    predicted = np.stack([row.measurement.predictions[order] for row in group])
+    return Predictions(rows[order], first.labels[order], predicted, first.task.kind != "classification")

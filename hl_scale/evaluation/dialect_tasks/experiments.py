@@ -79,6 +79,7 @@ def compared(table: TaskTable) -> dict[str, Any]:
     """Methods, differences of the own adapter to every other, and the headline."""
     others = [name for name in table.methods if name != OWN]
     return {
+        "metric": table.metric,
         "methods": [table.method_facts(name) for name in table.methods],
         "differences": [table.difference(OWN, name, table.varieties(name)) for name in others],
         "headline": table.headline(),
@@ -110,7 +111,7 @@ def annotation_curve(lab: Laboratory) -> Experiment:
             points = [table.method_facts(each)["mean"] for each in names]
             curves[kind] = {
                 "counts": list(settings.counts),
-                "accuracy": points,
+                "quality": points,
                 "own_minus": [table.difference(OWN, each, varieties)["mean"] for each in names],
                 "worth": crossing(settings.counts, [point["value"] for point in points], own["value"]),
             }

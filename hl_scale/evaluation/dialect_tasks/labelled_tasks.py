@@ -108,14 +108,8 @@ def open_task(settings: LabelledConfig, corpus: Path) -> SuiteTask:
 
     Raises:
         LabelledError: it cannot be prepared.
-        EvaluationError: a task of scores: what is compared here is accuracy.
     """
     prepared = prepare_labelled(settings.labelled).labelled
-    if prepared.task.kind != "classification":
-        raise EvaluationError(
-            f"task {prepared.task.name!r} predicts scores, and the suite compares accuracies\n"
-            "  fix: choose a task with classes"
-        )
     return SuiteTask(settings, prepared.apart_from(corpus))
 
 

@@ -70,6 +70,7 @@ class Methods:
         runs: directories of trained hypernetworks by seed; others are trained.
         budget: most parameters of an adapter as a dialect carries it; None for those of one generated LoRA.
         learning_rates: by method, instead of `LEARNING_RATES`.
+        dialect_steps: of the LoRAs of one dialect, those of the configurations unless given.
         control_seed: of the shuffled vectors.
         vector: what stands for a variety as `own` vector, features unless given.
     """
@@ -84,6 +85,7 @@ class Methods:
         runs: Mapping[int, Path] | None = None,
         budget: int | None = None,
         learning_rates: Mapping[str, float] | None = None,
+        dialect_steps: int | None = None,
         control_seed: int = 0,
         vector: Callable[[str], typology.Vector] = typology.vector,
         say: Callable[[str], None] = lambda text: None,
@@ -91,6 +93,7 @@ class Methods:
         self.configs, self.base, self.corpus, self.store = configs, base, corpus, store
         self.external, self.say, self.control_seed, self.vector = dict(runs or {}), say, control_seed, vector
         self.learning_rates = {**LEARNING_RATES, **(learning_rates or {})}
+        self.dialect_configs = {seed: _paced(config, dialect_steps) for seed, config in configs.items()}
         self.lora = next(iter(configs.values())).lora
         self.budget = generated_size(base, self.lora.rank) if budget is None else budget
         self.conditions = TrainingConditions.of(corpus.train)
@@ -197,47 +200,49 @@ class Methods:
     def _shared(self, method: str, seed: int) -> Cell:
         """One adaptation for all dialects, on the hypernetwork's pairs."""
         kind, settings, carried = self.sized(method)
-        rate = self.learning_rates[method]
+        rate, config = self.learning_rates[method], self.configs[seed]
 
         def build(directory: Path) -> dict[str, Any]:
-            workload = self._workload(seed, self.corpus)
+            workload = self._workload(seed, config, self.corpus)
             adaptation = build_adaptation(kind, self.base, settings, typology.NUM_FEATURES, seed=seed)
             if method == "tada":
-                facts = fit_by_tada(adaptation, workload, rate, seed, self._advance(method))
+                facts = fit_by_tada(adaptation, workload, rate, seed, self._advance(method, config))
             else:
-                facts = fit_by_alignment(adaptation, workload, rate, self._advance(method))
+                facts = fit_by_alignment(adaptation, workload, rate, self._advance(method, config))
             save_adaptation(adaptation, directory)
             return {**facts, "carried": carried}
 
-        key = self._key(method, seed, settings, corpus_fingerprint(self.corpus))
+        key = self._key(method, seed, config, settings, corpus_fingerprint(self.corpus))
         return self.store.get(f"{method}-seed{seed}", key, build)
 
     def _dialect_lora(self, method: str, variety: str, seed: int, task: FittedTask, count: int | None) -> Cell:
         """A LoRA of one dialect, on its annotated sentences."""
         kind, settings, carried = self.sized(method)
         rate, source = self.learning_rates[method], task.task
-        examples = source.annotated(variety, count)
+        examples, config = source.annotated(variety, count), self.dialect_configs[seed]
 
         def build(directory: Path) -> dict[str, Any]:
             adaptation = build_adaptation(kind, self.base, settings, seed=seed)
             assert isinstance(adaptation, LoraAdaptation)
-            advance = self._advance(f"{method} {len(examples)} {variety}")
+            advance = self._advance(f"{method} {len(examples)} {variety}", config)
             if method == "annotated":
-                config, bound = self.configs[seed], source.settings.task_adapter
+                bound = source.settings.task_adapter
                 facts = fit_by_labels(adaptation, self.base, task.adapter, examples, config, bound, rate, advance)
             else:
                 corpus = DialectPairs(variety, examples, source.fingerprint)
-                facts = fit_by_alignment(adaptation, self._workload(seed, corpus), rate, advance)
+                facts = fit_by_alignment(adaptation, self._workload(seed, config, corpus), rate, advance)
             save_adaptation(adaptation, directory)
             return {**facts, "carried": carried}
 
-        key = self._key(method, seed, settings, source.fingerprint) | {"variety": variety, "count": len(examples)}
+        key = self._key(method, seed, config, settings, source.fingerprint) | {
+            "variety": variety,
+            "count": len(examples),
+        }
         if method == "annotated":
             key["task_adapter"] = task.identity
         return self.store.get(f"{method}-{len(examples)}-{variety}-seed{seed}", key, build)
 
-    def _key(self, method: str, seed: int, settings: Mapping[str, Any], data: str) -> dict[str, Any]:
-        config = self.configs[seed]
+    def _key(self, method: str, seed: int, config: Config, settings: Mapping[str, Any], data: str) -> dict[str, Any]:
         training = config.training.model_dump(mode="json", include=set(_TRAINING_KEYS))
         return {
             "kind": "adapter", "method": method, "seed": seed, "base": self.base.fingerprint, "data": data,
@@ -246,17 +251,23 @@ class Methods:
             "objective": config.objective.model_dump(mode="json"),
         }  # fmt: skip
 
-    def _workload(self, seed: int, corpus: Corpus) -> AlignmentWorkload:
+    def _workload(self, seed: int, config: Config, corpus: Corpus) -> AlignmentWorkload:
         if isinstance(corpus, DialectPairs):
-            return open_workload(self.configs[seed], self.base, corpus, self.say)
+            return open_workload(config, self.base, corpus, self.say)
         place = (seed, corpus_fingerprint(corpus))
         if place not in self._workloads:
-            self._workloads[place] = open_workload(self.configs[seed], self.base, corpus, self.say)
+            self._workloads[place] = open_workload(config, self.base, corpus, self.say)
         return self._workloads[place]
 
-    def _advance(self, name: str) -> Callable[[int, float], None]:
-        steps = next(iter(self.configs.values())).training.steps
+    def _advance(self, name: str, config: Config) -> Callable[[int, float], None]:
+        steps = config.training.steps
         return lambda step, loss: self.say(f"{name}: step {step}/{steps}, loss {loss:.4f}")
+
+
+def _paced(config: Config, steps: int | None) -> Config:
+    if steps is None:
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
 
 
 def generated_size(base: AdaptedModel, rank: int) -> int:

@@ -43,9 +43,10 @@ def write_suite_report(result: Mapping[str, Any], directory: Path, settings: str
 def _shown(result: Mapping[str, Any]) -> dict[str, Any]:
     drawn = []
     for name, task in result["tasks"].items():
-        drawn.append((f"{name}: accuracy of every method, mean of dialects", image(charts.method_chart(task))))
+        measured = f"{name}: {task['metric']}"
+        drawn.append((f"{measured} of every method, mean of dialects", image(charts.method_chart(task))))
         if "curves" in task:
-            drawn.append((f"{name}: accuracy by sentences of the dialect", image(charts.annotation_chart(task))))
+            drawn.append((f"{measured} by sentences of the dialect", image(charts.annotation_chart(task))))
         if "correlations" in task:
             drawn.append((f"{name}: coverage and gain", image(charts.coverage_chart(task))))
     return {

@@ -1,4 +1,4 @@
-"""Comparing two methods sentence by sentence: paired differences, their intervals and tests, and correlations."""
+"""Comparing two methods on the same sentences: paired differences, their intervals and tests, and correlations."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Whether each sentence is right, under one method in one dialect.
+class Predictions:
+    """What one method predicted in one dialect, and what is right.
 
     Attributes:
-        rows: (m,) numbers of the sentences among all test sentences of the task; some may be missing in a dialect.
-        correct: (seeds, m) 0 or 1.
+        rows: (m,) numbers of the sentences among all test sentences of the task, ascending; some may be missing in a
+            dialect.
+        labels: (m,) classes or scores.
+        predicted: (seeds, m).
+        scores: whether labels are scores.
     """
 
     rows: npt.NDArray[np.intp]
-    correct: Array
+    labels: Array
+    predicted: Array
+    scores: bool = False
 
     @property
-    def mean(self) -> Array:
-        """(m,) share of the seeds under which a sentence is right."""
-        return np.asarray(self.correct.mean(0))
+    def correct(self) -> Array:
+        """(seeds, m) 1 where the class is right, else 0."""
+        return (self.predicted == self.labels).astype(np.float64)
 
-    def at(self, rows: npt.NDArray[np.intp]) -> Scores:
+    def at(self, rows: npt.NDArray[np.intp]) -> Predictions:
         """The same on some of its sentences.
 
         Raises:
@@ -41,21 +46,77 @@ class Scores:
         place = np.searchsorted(self.rows, rows)
         if (place >= len(self.rows)).any() or (self.rows[place] != rows).any():
             raise ValueError("a sentence was not measured under every method")
-        return Scores(rows, self.correct[:, place])
+        return Predictions(rows, self.labels[place], self.predicted[:, place], self.scores)
+
+    def qualities(self) -> Array:
+        """(seeds,) accuracy, or Pearson's correlation with the scores."""
+        if self.scores:
+            return np.array([pearson(self.labels, each) for each in self.predicted])
+        return np.asarray(self.correct.mean(1))
 
 
-def accuracy(bootstrap: SentenceBootstrap, scores: Sequence[Scores]) -> Estimate:
-    """Mean over dialects of the share of right sentences, over seeds; the interval is over sentences alone."""
-    return bootstrap.average([(s.mean, np.ones(len(s.rows)), s.rows) for s in scores])
+def resampled(bootstrap: SentenceBootstrap, parts: Sequence[Predictions]) -> tuple[float, Array]:
+    """Mean over dialects and seeds of the quality, and that of every resample of sentences (S,).
+
+    A resample's quality is NaN in a dialect of which it holds no sentence.
+    """
+    value = float(np.mean([part.qualities().mean() for part in parts]))
+    return value, np.mean([_resampled_quality(bootstrap, part) for part in parts], axis=0)
 
 
-def difference(bootstrap: SentenceBootstrap, first: Sequence[Scores], second: Sequence[Scores]) -> Estimate:
-    """Mean over dialects of accuracy(first) - accuracy(second) on the same sentences of each."""
-    parts = []
-    for ours, theirs in zip(first, second, strict=True):
-        theirs = theirs.at(ours.rows)
-        parts.append((ours.mean - theirs.mean, np.ones(len(ours.rows)), ours.rows))
-    return bootstrap.average(parts)
+def _resampled_quality(bootstrap: SentenceBootstrap, part: Predictions) -> Array:
+    ones = np.ones(len(part.rows))
+    if not part.scores:
+        found = bootstrap.sums(np.stack([part.correct.mean(0), ones], axis=1), part.rows)
+        return _over(found[:, 0], found[:, 1])
+    # Moments about the means of all sentences, so that little is lost to rounding.
+    x = part.labels - part.labels.mean()
+    total = np.zeros(bootstrap.samples)
+    for predicted in part.predicted:
+        y = predicted - predicted.mean()
+        count, sx, sy, sxx, syy, sxy = bootstrap.sums(np.stack([ones, x, y, x * x, y * y, x * y], 1), part.rows).T
+        # As `pearson`: 0 where one of them is constant.
+        norm = np.sqrt(np.maximum(count * sxx - sx**2, 0) * np.maximum(count * syy - sy**2, 0))
+        total += np.where(norm > 0, (count * sxy - sx * sy) / np.where(norm > 0, norm, 1), 0)
+        total[count == 0] = np.nan
+    return total / len(part.predicted)
+
+
+def _over(top: Array, bottom: Array) -> Array:
+    """NaN where the bottom is not positive."""
+    return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom > 0)
+
+
+def quality(bootstrap: SentenceBootstrap, parts: Sequence[Predictions]) -> Estimate:
+    """Mean over dialects and seeds of accuracy, or of Pearson's correlation; the interval is over sentences alone."""
+    return bootstrap.estimate(*resampled(bootstrap, parts))
+
+
+def difference(bootstrap: SentenceBootstrap, first: Sequence[Predictions], second: Sequence[Predictions]) -> Estimate:
+    """Mean over dialects of quality(first) - quality(second) on the sentences that the first has of each."""
+    ours, theirs = _paired(bootstrap, first, second)
+    return bootstrap.estimate(ours[0] - theirs[0], ours[1] - theirs[1])
+
+
+def share(
+    bootstrap: SentenceBootstrap,
+    ours: Sequence[Predictions],
+    bare: Sequence[Predictions],
+    original: Sequence[Predictions],
+) -> Estimate:
+    """(ours - bare) / (original - bare); resamples in which nothing is lost are left out."""
+    gained, before = _paired(bootstrap, ours, bare)
+    whole, also_before = _paired(bootstrap, original, bare)
+    lost = whole[1] - also_before[1]
+    value = (gained[0] - before[0]) / (whole[0] - also_before[0])
+    return bootstrap.estimate(value, _over(gained[1] - before[1], lost))
+
+
+def _paired(
+    bootstrap: SentenceBootstrap, first: Sequence[Predictions], second: Sequence[Predictions]
+) -> tuple[tuple[float, Array], tuple[float, Array]]:
+    others = [theirs.at(ours.rows) for ours, theirs in zip(first, second, strict=True)]
+    return resampled(bootstrap, first), resampled(bootstrap, others)
 
 
 def mcnemar(first: npt.ArrayLike, second: npt.ArrayLike) -> float:

@@ -11,8 +11,9 @@ from hl_scale.evaluation.tables import TextTable
 
 Result = Mapping[str, Any]
 LEGEND = (
-    "Accuracy in %, mean over seeds, [95% interval over test sentences]. Differences are in points, on the same "
-    "sentences; positive: the own adapter is better. * : trained on text of that dialect."
+    "Accuracy in %, or Pearson's correlation x 100 where labels are scores; mean over seeds, [95% interval over test "
+    "sentences]. Differences are in points (hundredths), on the same sentences; positive: the own adapter is better. "
+    "* : trained on text of that dialect."
 )
 
 
@@ -20,7 +21,7 @@ def tables(result: Result) -> list[TextTable]:
     """All tables of an experiment, task by task."""
     found = []
     for name, task in result["tasks"].items():
-        found += [_accuracy_table(name, task), _difference_table(name, task)]
+        found += [_quality_table(name, task), _difference_table(name, task)]
         if "curves" in task:
             found.append(_curve_table(name, task))
         if "correlations" in task:
@@ -51,33 +52,34 @@ def cells_csv(result: Result) -> str:
 
 def cells_table(result: Result) -> TextTable:
     """Every measured cell with the directories that it is made of."""
-    names = ["task", "method", "count", "variant", "variety", "seed", "accuracy", "cell", "adapter", "task_adapter"]
+    names = ["task", "method", "count", "variant", "variety", "seed", "quality", "cell", "adapter", "task_adapter"]
     rows = []
     for row in result["cells"]:
-        shown = {**row, "accuracy": f"{100 * row['accuracy']:.1f}"}
+        quality = row["accuracy"] if "accuracy" in row else row["pearson"]
+        shown = {**row, "quality": f"{100 * quality:.1f}"}
         rows.append(["" if shown[name] is None else str(shown[name]) for name in names])
     return TextTable("Cells: a directory for each row", [name.replace("_", " ") for name in names], rows)
 
 
 def tables_csv(result: Result) -> dict[str, str]:
-    """File name -> CSV with plain numbers, of accuracies and of differences."""
-    accuracies, differences = [], []
+    """File name -> CSV with plain numbers, of qualities and of differences."""
+    qualities, differences = [], []
     for name, task in result["tasks"].items():
         for method in task["methods"]:
             places = {"(mean)": method["mean"], "Standard American English": method["standard"], **method["dialects"]}
-            accuracies += [
-                [name, method["method"], place, *_numbers(part), part.get("seen"), " ".join(part.get("cells", ()))]
+            qualities += [
+                [name, task["metric"], method["method"], place, *_numbers(part), part.get("seen"), _cells(part)]
                 for place, part in places.items()
                 if part is not None
             ]
         for found in task["differences"]:
             places = {"(mean)": found["mean"], **found["dialects"]}
             for place, part in places.items():
-                p = " ".join(f"{value:.4g}" for value in part.get("p", ()))
+                p = " ".join(f"{value:.4g}" for value in part.get("p") or ())
                 differences.append([name, found["first"], found["second"], place, *_numbers(part), p])
     columns = ["value", "low", "high"]
     return {
-        "accuracy.csv": _csv(["task", "method", "variety", *columns, "seen", "cells"], accuracies),
+        "quality.csv": _csv(["task", "metric", "method", "variety", *columns, "seen", "cells"], qualities),
         "differences.csv": _csv(["task", "first", "second", "variety", *columns, "mcnemar_p"], differences),
     }
 
@@ -115,7 +117,7 @@ def _worth(kind: str, curve: Mapping[str, Any]) -> str:
     return f"the generated adapter is worth about {worth:.0f} {what}."
 
 
-def _accuracy_table(name: str, task: Mapping[str, Any]) -> TextTable:
+def _quality_table(name: str, task: Mapping[str, Any]) -> TextTable:
     dialects = list(dict.fromkeys(place for method in task["methods"] for place in method["dialects"]))
     shown = dialects if len(dialects) <= 12 else []
     header = ["method", "mean of dialects", "spread over seeds", "Standard English", *shown]
@@ -128,7 +130,8 @@ def _accuracy_table(name: str, task: Mapping[str, Any]) -> TextTable:
             part = method["dialects"].get(place)
             row.append("-" if part is None else f"{100 * part['value']:.1f}{'*' if part['seen'] else ''}")
         rows.append([*row, f"{method['carried']:,}", f"{method['trained']:,}", f"{method['pairs']:,}"])
-    return TextTable(f"{name}: accuracy", [*header, "parameters a dialect carries", "trained", "sentence pairs"], rows)
+    header += ["parameters a dialect carries", "trained", "sentence pairs"]
+    return TextTable(f"{name}: {task['metric']}", header, rows)
 
 
 def _difference_table(name: str, task: Mapping[str, Any]) -> TextTable:
@@ -139,9 +142,10 @@ def _difference_table(name: str, task: Mapping[str, Any]) -> TextTable:
         row = [f"{found['first']} - {found['second']}", points(found["mean"])]
         for place in shown:
             part = found["dialects"].get(place)
-            row.append("-" if part is None else f"{_signed(part['value'])} (p {_p(part['p'])})")
+            row.append("-" if part is None else f"{_signed(part['value'])}{_p(part['p'])}")
         rows.append(row)
-    caption = f"{name}: paired differences in points, with McNemar's p (of several seeds the largest)"
+    tested = ", with McNemar's p (of several seeds the largest)" if task["metric"] == "accuracy" else ""
+    caption = f"{name}: paired differences in points{tested}"
     return TextTable(caption, ["difference", "mean of dialects", *shown], rows)
 
 
@@ -149,9 +153,9 @@ def _curve_table(name: str, task: Mapping[str, Any]) -> TextTable:
     rows = [
         [kind, str(count), interval(value), points(less)]
         for kind, curve in task["curves"].items()
-        for count, value, less in zip(curve["counts"], curve["accuracy"], curve["own_minus"], strict=True)
+        for count, value, less in zip(curve["counts"], curve["quality"], curve["own_minus"], strict=True)
     ]
-    header = ["trained by", "sentences of the dialect", "accuracy", "own minus this"]
+    header = ["trained by", "sentences of the dialect", task["metric"], "own minus this"]
     return TextTable(f"{name}: LoRAs of a dialect by how many of its sentences they are trained on", header, rows)
 
 
@@ -186,7 +190,7 @@ def interval(part: Mapping[str, Any], times: float = 100, digits: int = 1) -> st
 
 
 def points(part: Mapping[str, Any]) -> str:
-    """A difference of accuracies, in points with its sign."""
+    """A difference of qualities, in points with its sign."""
     value, low, high = (_signed(part[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
@@ -195,13 +199,20 @@ def _signed(difference: float) -> str:
     return f"{100 * difference:+.1f}".replace("-0.0", "+0.0")
 
 
-def _p(values: Sequence[float]) -> str:
+def _p(values: Sequence[float] | None) -> str:
+    """In brackets, or nothing."""
+    if values is None:
+        return ""
     worst = max(values)
-    return "<0.001" if worst < 0.001 else f"{worst:.3f}"
+    return " (p <0.001)" if worst < 0.001 else f" (p {worst:.3f})"
 
 
 def _numbers(part: Mapping[str, Any]) -> list[float]:
     return [part["value"], part["low"], part["high"]]
+
+
+def _cells(part: Mapping[str, Any]) -> str:
+    return " ".join(part.get("cells", ()))
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

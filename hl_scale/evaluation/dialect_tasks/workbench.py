@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.conditions import typology
 from hl_scale.config import Config, LabelledConfig, LoraConfig, RunConfig, load_config, load_labelled_config
@@ -21,6 +19,7 @@ from hl_scale.evaluation.dialect_tasks.labelled_tasks import FittedTask, SuiteTa
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, NONE, PER_DIALECT, Methods
 from hl_scale.evaluation.labelled import Measurement
 from hl_scale.evaluation.measurement import EvaluationError
+from hl_scale.progress import counting_bar
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ class Workbench:
         self.methods = Methods(
             self.configs, self.base, self.corpus, store,
             runs={seed: Path(run) for seed, run in zip(suite.seeds, suite.runs, strict=False)},
-            budget=suite.budget, learning_rates=suite.learning_rates, control_seed=suite.seed,
+            budget=suite.budget, learning_rates=suite.learning_rates,
+            dialect_steps=suite.dialect_steps, control_seed=suite.seed,
             vector=one_hot_vector if one_hot else typology.vector,
         )  # fmt: skip
         self._fitted: dict[tuple[str, int], FittedTask] = {}
@@ -163,15 +163,12 @@ class Workbench:
 
 def carry_out(requests: Sequence[Request], evaluated: Sequence[str], shown: bool) -> list[Row]:
     """All rows, with a progress bar over them."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"))
     rows = []
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown) as bar:
-        item = bar.add_task("", total=len(requests))
-        with _told(requests, lambda text: bar.update(item, description=text)):
-            for request in requests:
-                bar.update(item, description=f"{request.method}, {request.variety}, seed {request.seed}")
-                rows.append(request.bench.measure(request, evaluated))
-                bar.advance(item)
+    with counting_bar("measuring", len(requests), shown, unit="cells") as bar, _told(requests, bar.say):
+        for request in requests:
+            bar.say(f"{request.method}, {request.variety}, seed {request.seed}")
+            rows.append(request.bench.measure(request, evaluated))
+            bar(1)
     return rows
 
 

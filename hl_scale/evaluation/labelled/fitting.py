@@ -7,13 +7,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from hl_scale.base import AdaptedModel
@@ -30,6 +28,7 @@ from hl_scale.evaluation.labelled.task_adapter import (
 )
 from hl_scale.hypernetwork.hyperlora import PlainLora
 from hl_scale.lora import LoraFactors
+from hl_scale.progress import counting_bar
 
 
 def fit_task_adapter(
@@ -81,7 +80,12 @@ def fit_task_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fitting = _Fitting(base, task, training, validation, config, lora)
-        with _bar(config.steps, task.name, shown) as advance:
+        with counting_bar(task.name, config.steps, shown, unit="steps") as bar:
+
+            def advance(loss: float, best: float | None) -> None:
+                bar(1)
+                bar.say(f"{task.name}: loss {loss:.3f}, validation {'-' if best is None else format(best, '.3f')}")
+
             fitting.run(advance)
     facts = {"identity": identity, **fitting.facts(), "settings": config.model_dump(mode="json")}
     adapter = TaskAdapter(fitting.best_factors(), fitting.best_head(), facts)
@@ -221,17 +225,3 @@ class _Fitting:
 
 def _copy(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-
-@contextmanager
-def _bar(steps: int, name: str, shown: bool) -> Iterator[Callable[[float, float | None], None]]:
-    """Yields a function that is told the last loss and the best validation score."""
-    text = TextColumn(name + ": loss {task.fields[loss]}, validation {task.fields[best]}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("", total=steps, loss="-", best="-")
-
-        def advance(loss: float, best: float | None) -> None:
-            bar.update(task, advance=1, loss=f"{loss:.3f}", best="-" if best is None else f"{best:.3f}")
-
-        yield advance

@@ -73,7 +73,7 @@ def test_points_lost_and_regained_are_of_the_same_sentences(table) -> None:
     assert headline["over_best"]["value"] == pytest.approx((4 / 6 - 0 + 4 / 5 - 1) / 2)
 
 
-def test_the_share_regained_is_of_all_sentences_together_and_told_only_where_something_is_lost() -> None:
+def test_the_share_is_what_is_regained_over_what_is_lost_and_told_only_where_something_is() -> None:
     kept = [r for r in ROWS if r.method != "none" and r.variety == NIGERIAN]
     nothing_lost = [row("none", variety, [1, 1, 1, 1, 1, 0]) for variety in (typology.STANDARD, NIGERIAN)]
     headline = TaskTable([*nothing_lost, *kept], samples=200, seed=0).headline()
@@ -84,8 +84,42 @@ def test_the_share_regained_is_of_all_sentences_together_and_told_only_where_som
         ids = [100 * n + i for n in range(10) for i in m.example_ids]
         rows.append(row(r.method, r.variety, [*m.correct] * 10, ids=ids))
     headline = TaskTable(rows, samples=200, seed=0).headline()
-    assert headline["lost"]["low"] > 0 and headline["share"]["value"] == pytest.approx((2 + 1) / (3 + 1))
-    assert headline["share"]["low"] < (2 + 1) / (3 + 1) < headline["share"]["high"]
+    share = (2 / 6 + 1 / 5) / (3 / 6 + 1 / 5)  # regained over lost, as they are told
+    assert headline["lost"]["low"] > 0 and headline["share"]["value"] == pytest.approx(share)
+    assert headline["share"]["low"] < share < headline["share"]["high"]
+
+
+def scored(method: str, variety: str, labels: np.ndarray, said: np.ndarray, seed: int = 0) -> Row:
+    task = TaskFacts("graded", "regression", ())
+    measured = Measurement(task, tuple(range(len(labels))), labels, said, (said - labels) ** 2)
+    return Row("graded", method, variety, seed, None, "", False, 8, 8, 4, "cell", None, "task", measured)
+
+
+def test_scores_are_compared_by_pearsons_correlation_on_resampled_sentences() -> None:
+    draw = np.random.default_rng(4)
+    labels = draw.normal(3, 1, size=60)
+    places = {("none", typology.STANDARD): 0.3, ("none", NIGERIAN): 1.5, ("own", NIGERIAN): 0.8, ("lora", NIGERIAN): 1}
+    said = {(*k, seed): labels + noise * draw.normal(size=60) for k, noise in places.items() for seed in (0, 1)}
+    table = TaskTable([scored(*k[:2], labels, v, k[2]) for k, v in said.items()], samples=300, seed=0)
+    counts = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=300)
+
+    def resampled(*place: str) -> np.ndarray:
+        found = []
+        for drawn in [np.arange(60), *(np.repeat(np.arange(60), c) for c in counts)]:
+            found.append([np.corrcoef(labels[drawn], said[(*place, seed)][drawn])[0, 1] for seed in (0, 1)])
+        return np.mean(found, axis=1)
+
+    def same(found: dict[str, float], values: np.ndarray) -> bool:
+        low, high = np.percentile(values[1:], [2.5, 97.5])
+        return [found["value"], found["low"], found["high"]] == pytest.approx([values[0], low, high])
+
+    whole, bare, own, lora = (resampled(*place) for place in places)
+    headline = table.headline()
+    assert same(table.method_facts("own")["dialects"][NIGERIAN], own)
+    assert same(headline["lost"], whole - bare) and same(headline["regained"], own - bare)
+    assert same(headline["over_best"], own - lora) and same(headline["share"], (own - bare) / (whole - bare))
+    assert table.metric == "Pearson's correlation"
+    assert table.difference("own", "none", [NIGERIAN])["dialects"][NIGERIAN]["p"] is None
 
 
 def test_dialects_that_training_has_seen_are_not_in_the_headline() -> None:

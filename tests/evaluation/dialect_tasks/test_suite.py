@@ -188,11 +188,35 @@ def test_the_report_holds_every_cell_and_the_tables_every_method(out, result) ->
         assert [line["cell"] for line in csv.DictReader(file)] == [row["cell"] for row in result["cells"]]
     tables = (out / "main" / "tables.md").read_text()
     assert all(f"| {method} |" in tables and MEANINGS[method] in tables for method in ALL)
-    with (out / "main" / "accuracy.csv").open() as file:
+    with (out / "main" / "quality.csv").open() as file:
         rows = {(line["method"], line["variety"]): line for line in csv.DictReader(file)}
     (cell,) = [r for r in result["cells"] if r["method"] == "tada" and r["variety"] == CHICANO]
     assert float(rows["tada", CHICANO]["value"]) == pytest.approx(cell["accuracy"])
     assert rows["tada", CHICANO]["cells"] == cell["cell"]
+
+
+def test_scores_are_compared_by_their_correlation(recipe, labelled, tmp_path, monkeypatch) -> None:
+    settings = yaml.safe_load(labelled.read_text())
+    lines = [json.loads(line) for line in Path(settings["labelled"]["path"]).read_text().splitlines()]
+    rows = [{**row, "label": len(row["text"].split()) / 4} for row in lines]  # how long is it?
+    (tmp_path / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings["labelled"] |= {"directory": str(tmp_path / "set"), "path": str(tmp_path / "graded.jsonl")}
+    (tmp_path / "graded.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(labelled_preparation, "transform_sentences", rule_engine)
+    monkeypatch.setattr(labelled_preparation, "ray_session", lambda workers: contextlib.nullcontext())
+    changes = [f"suite.labelled=[{tmp_path / 'graded.yaml'}]", "suite.methods=[lora]", "annotations.counts=[4]"]
+    found = run_suite(load_suite(recipe, changes), tmp_path / "out", "main", "cpu", shown=False)
+    task = found.result["tasks"]["jsonl"]
+    assert task["metric"] == "Pearson's correlation" and task["headline"]["over_best"] is not None
+    for row in found.result["cells"]:
+        method = next(m for m in task["methods"] if m["method"] == row["method"])
+        place = method["standard"] if row["variety"] == typology.STANDARD else method["dialects"][row["variety"]]
+        assert place["value"] == pytest.approx(row["pearson"])
+    assert all(part["p"] is None for each in task["differences"] for part in each["dialects"].values())
+    tables = (tmp_path / "out/main/tables.md").read_text()
+    assert "Pearson's correlation" in tables and "(p " not in tables
+    assert "Pearson" in (tmp_path / "out/main/report.html").read_text()
+    assert run_suite(load_suite(recipe, changes), tmp_path / "out", "annotations", "cpu", shown=False).made == 8
 
 
 def test_annotations_reuse_what_there_is_and_say_what_the_vector_is_worth(recipe, out) -> None:
@@ -201,6 +225,18 @@ def test_annotations_reuse_what_there_is_and_say_what_the_vector_is_worth(recipe
     task = found.result["tasks"]["jsonl"]
     assert set(task["curves"]) == {"aligned", "annotated"} and task["curves"]["aligned"]["counts"] == [2, 12]
     assert "the generated adapter is worth" in (out / "annotations" / "tables.md").read_text()
+
+
+def test_loras_of_one_dialect_may_take_fewer_steps_than_what_all_share(recipe, out) -> None:
+    changes = ["suite.dialect_steps=2", "suite.methods=[lora,lora_dialect]", f"suite.dialects=[{NIGERIAN}]"]
+    found = run_suite(load_suite(recipe, changes), out, "main", "cpu", shown=False)
+    assert found.made == 2  # the LoRA of the dialect and its measurement
+    adapters = {row["method"]: row["adapter"] for row in found.result["cells"]}
+    steps = {
+        method: json.loads((out / "cells" / adapters[method] / "cell.json").read_text())["facts"]["steps"]
+        for method in ("lora", "lora_dialect")
+    }
+    assert steps == {"lora": 6, "lora_dialect": 2}
 
 
 def test_coverage_of_a_run_on_mixtures_is_told_for_every_dialect(recipe, out) -> None:
