@@ -196,7 +196,8 @@ def points(part: Mapping[str, Any]) -> str:
 
 
 def _signed(difference: float) -> str:
-    return f"{100 * difference:+.1f}".replace("-0.0", "+0.0")
+    text = f"{100 * difference:+.2f}"
+    return "+0.00" if text == "-0.00" else text
 
 
 def _p(values: Sequence[float] | None) -> str:
