@@ -45,6 +45,11 @@ class Estimate:
         return self.low > value or self.high < value
 
 
+def defined_ratio(top: Array, bottom: Array) -> Array:
+    """top / bottom (S,), NaN where the bottom is not positive."""
+    return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom > 0)
+
+
 class SentenceBootstrap:
     """The resamples of one evaluation: ``samples`` count vectors over ``sentences`` sentences.
 
@@ -139,9 +144,7 @@ class SentenceBootstrap:
 
     def _resampled(self, top: Array, bottom: Array, columns: npt.NDArray[np.intp]) -> Array:
         """R(c) for every resample, (S,); NaN where the resampled denominator is not positive."""
-        sums = self.sums(np.stack([top, bottom], axis=1), columns)
-        positive = sums[:, 1] > 0
-        return np.divide(sums[:, 0], sums[:, 1], out=np.full(self.samples, np.nan), where=positive)
+        return defined_ratio(*self.sums(np.stack([top, bottom], axis=1), columns).T)
 
     @staticmethod
     def estimate(value: float, resampled: Array) -> Estimate:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hl_scale.evaluation.labelled.measuring import pearson, ranks
-from hl_scale.evaluation.statistics import Estimate, SentenceBootstrap
+from hl_scale.evaluation.statistics import Estimate, SentenceBootstrap, defined_ratio
 
 Array = npt.NDArray[np.float64]
 
@@ -67,8 +67,7 @@ def resampled(bootstrap: SentenceBootstrap, parts: Sequence[Predictions]) -> tup
 def _resampled_quality(bootstrap: SentenceBootstrap, part: Predictions) -> Array:
     ones = np.ones(len(part.rows))
     if not part.scores:
-        found = bootstrap.sums(np.stack([part.correct.mean(0), ones], axis=1), part.rows)
-        return _over(found[:, 0], found[:, 1])
+        return defined_ratio(*bootstrap.sums(np.stack([part.correct.mean(0), ones], axis=1), part.rows).T)
     # Moments about the means of all sentences, so that little is lost to rounding.
     x = part.labels - part.labels.mean()
     total = np.zeros(bootstrap.samples)
@@ -80,11 +79,6 @@ def _resampled_quality(bootstrap: SentenceBootstrap, part: Predictions) -> Array
         total += np.where(norm > 0, (count * sxy - sx * sy) / np.where(norm > 0, norm, 1), 0)
         total[count == 0] = np.nan
     return total / len(part.predicted)
-
-
-def _over(top: Array, bottom: Array) -> Array:
-    """NaN where the bottom is not positive."""
-    return np.divide(top, bottom, out=np.full(len(top), np.nan), where=bottom > 0)
 
 
 def quality(bootstrap: SentenceBootstrap, parts: Sequence[Predictions]) -> Estimate:
@@ -109,7 +103,7 @@ def share(
     whole, also_before = _paired(bootstrap, original, bare)
     lost = whole[1] - also_before[1]
     value = (gained[0] - before[0]) / (whole[0] - also_before[0])
-    return bootstrap.estimate(value, _over(gained[1] - before[1], lost))
+    return bootstrap.estimate(value, defined_ratio(gained[1] - before[1], lost))
 
 
 def _paired(
