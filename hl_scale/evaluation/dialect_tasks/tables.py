@@ -96,8 +96,9 @@ def markdown(result: Result) -> str:
 def _headline(headline: Mapping[str, Any]) -> str:
     count = len(headline["varieties"])
     text = (
-        f"in {count} unseen dialect{'s' if count > 1 else ''} the task adapter alone loses {points(headline['lost'])} "
-        f"points against Standard English; with the own adapters it regains {points(headline['regained'])}"
+        f"in {count} unseen dialect{'s' if count > 1 else ''} the task adapter alone loses "
+        f"{interval(headline['lost'], 100, 2)} points against Standard English; with the own adapters it regains "
+        f"{points(headline['regained'])}"
     )
     if headline["share"] is not None:
         text += f", {interval(headline['share'], 100, 0)} % of what is lost"
