@@ -27,6 +27,8 @@ Tokens = list[list[int]]
 
 LOGIT_BYTES = 256 * 2**20
 """Bound on the float32 logits of one chunk when the language-model loss is measured."""
+GRAM_ENTRIES = 1 << 24
+"""Numbers at a time when updates are compared, 128 MiB in float64."""
 
 
 class EvaluationError(ValueError):
@@ -191,17 +193,33 @@ def cloud_statistics(clouds: Sequence[Tensor]) -> CloudStatistics:
 
 
 def delta_gram(factors: LoraFactors) -> Array:
-    """Inner products <s B_i A_i, s B_j A_j> of E conditions, summed over the slots, (E, E); no delta W is formed.
+    """Inner products <s B_i A_i, s B_j A_j> of E conditions, summed over the slots, (E, E), in float64.
 
-    <B_i A_i, B_j A_j> = trace((B_i^T B_j) (A_j A_i^T)), a product of two r x r matrices.
+    <B_i A_i, B_j A_j> = trace((B_i^T B_j) (A_j A_i^T)), a product of two r x r matrices, where these cost less than
+    the entries of delta W; else delta W is formed, a few of its rows at a time.
     """
-    gram = np.zeros((factors.conditions, factors.conditions))
+    gram = torch.zeros(factors.conditions, factors.conditions, dtype=torch.float64)
     for slot in factors.slots:
         a, b = factors.a[slot.path].detach().double(), factors.b[slot.path].detach().double()
-        inner_a = torch.einsum("irx,jsx->ijrs", a, a)
-        inner_b = torch.einsum("ior,jos->ijrs", b, b)
-        gram += (inner_a * inner_b).sum(dim=(2, 3)).cpu().numpy()
-    return gram * factors.scale**2
+        gram += _slot_gram(a, b).cpu()
+    return gram.numpy() * factors.scale**2
+
+
+def _slot_gram(a: Tensor, b: Tensor) -> Tensor:
+    """<B_i A_i, B_j A_j> for a (E, r, in) and b (E, out, r), with about `GRAM_ENTRIES` numbers at a time."""
+    (conditions, rank, inputs), outputs = a.shape, b.shape[1]
+    if rank**2 * (inputs + outputs) <= inputs * outputs:
+        size = max(1, GRAM_ENTRIES // (conditions * rank**2))
+        parts = [
+            torch.einsum("irx,jsx->ijrs", some_a, a).mul_(torch.einsum("ior,jos->ijrs", some_b, b)).sum(dim=(2, 3))
+            for some_a, some_b in zip(a.split(size), b.split(size), strict=True)
+        ]
+        return torch.cat(parts)
+    gram = a.new_zeros(conditions, conditions)
+    for rows in b.split(max(1, GRAM_ENTRIES // (conditions * inputs)), dim=1):
+        updates = (rows @ a).flatten(1)
+        gram.addmm_(updates, updates.T)
+    return gram
 
 
 def _moments(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,8 @@ ROUNDING = 1e-4
 """Nats that losses may differ by because texts were padded to another length (in bfloat16 more)."""
 WORDINGS = 4
 """Most wordings of a task whose updates are compared."""
+TASKS = 64
+"""Most tasks whose updates are compared, spread evenly over those that are asked."""
 _PROMPT_SETTINGS = ("prompt", "answer_prefix", "answer_end", "chat_template")
 _CAVEATS = (
     "Intervals are over tasks and their examples; they do not include the variance between training seeds, nor that "
@@ -178,13 +180,15 @@ def _available(tasks: TaskSet) -> int:
 
 
 def _dependence(run: LoadedRun, vectors: TrialVectors, trials: Sequence[Trial]) -> dict[str, Any]:
-    """`steering_summaries.dependence_on_tasks` of the updates that `own` uses, a few wordings of each task."""
+    """`steering_summaries.dependence_on_tasks` of the updates that `own` uses: some tasks, a few wordings of each."""
     by_task: dict[str, dict[str, Trial]] = {}
     for trial in sorted(trials, key=lambda t: t.wording):
         wordings = by_task.setdefault(trial.task.name, {})
         if len(wordings) < WORDINGS:
             wordings.setdefault(trial.description, trial)
-    chosen = [trial for wordings in by_task.values() for trial in wordings.values()]
+    tasks = list(by_task.values())
+    spread = dict.fromkeys(np.linspace(0, len(tasks) - 1, min(TASKS, len(tasks))).round().astype(int).tolist())
+    chosen = [trial for place in spread for trial in tasks[place].values()]
     factors = generated_factors(run, [vectors.vector(trial, OWN) for trial in chosen])
     gram = delta_gram(factors)
     if factors.conditions == 1:

@@ -16,12 +16,12 @@ from hl_scale.base.adapted import slot_at
 from hl_scale.conditions import typology
 from hl_scale.config import Config
 from hl_scale.data.corpus import Pair
-from hl_scale.evaluation import EvaluationError, evaluate_dialects, save
+from hl_scale.evaluation import EvaluationError, evaluate_dialects, measurement, save
 from hl_scale.evaluation.controls import CONTROLS, TrainingConditions, condition_vectors, wrong_variety
 from hl_scale.evaluation.measurement import Measurer, cloud_statistics, delta_gram
 from hl_scale.evaluation.statistics import SentenceBootstrap
 from hl_scale.evaluation.summaries import DialectValues, added_divergence
-from hl_scale.lora import LoraFactors, SummedFactors
+from hl_scale.lora import LoraFactors, Slot, SummedFactors
 from hl_scale.objectives.alignment import AlignmentObjective
 
 ALL = ["own", *CONTROLS]
@@ -234,14 +234,16 @@ def test_another_budget_of_the_control_is_a_caveat(make_run, corpus):
     assert any("40 training pairs for this run, 28" in caveat for caveat in caveats)
 
 
-def test_delta_gram_equals_the_inner_products_of_formed_updates(make_run):
-    run = make_run()
-    factors = run.hypernetwork(torch.rand(3, typology.NUM_FEATURES, generator=torch.Generator().manual_seed(1)))
-    deltas = torch.cat(
-        [(factors.scale * factors.b[s.path].double() @ factors.a[s.path].double()).flatten(1) for s in factors.slots],
-        dim=1,
-    )
-    assert delta_gram(factors) == pytest.approx((deltas @ deltas.T).detach().numpy(), rel=1e-9)
+@pytest.mark.parametrize(("rank", "entries"), [(2, 1 << 24), (2, 40), (7, 1 << 24), (7, 40)])
+def test_delta_gram_equals_the_inner_products_of_formed_updates_however_it_is_cut(monkeypatch, rank, entries):
+    monkeypatch.setattr(measurement, "GRAM_ENTRIES", entries)
+    slots = (Slot(0, "q_proj", "0.q_proj", 9, 14), Slot(0, "v_proj", "0.v_proj", 9, 5))
+    generator = torch.Generator().manual_seed(1)
+    a = {s.path: torch.randn(5, rank, s.in_features, generator=generator) for s in slots}
+    b = {s.path: torch.randn(5, s.out_features, rank, generator=generator) for s in slots}
+    deltas = torch.cat([(0.5 * b[s.path].double() @ a[s.path].double()).flatten(1) for s in slots], dim=1)
+    found = delta_gram(LoraFactors(slots, a, b, 0.5))
+    assert found == pytest.approx((deltas @ deltas.T).numpy(), rel=1e-9)
 
 
 def test_added_divergence_is_what_the_adapter_adds_to_the_base():

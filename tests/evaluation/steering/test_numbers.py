@@ -16,7 +16,7 @@ from hl_scale.data.tasks import TaskSet
 from hl_scale.engine.conditions import DescriptionConditions
 from hl_scale.engine.run import LoadedRun
 from hl_scale.engine.supervised import PromptFormat
-from hl_scale.evaluation import evaluate_tasks, steering_summaries, steering_tables
+from hl_scale.evaluation import evaluate_tasks, steering, steering_summaries, steering_tables
 from hl_scale.evaluation.answers import Answer, Answerer
 from hl_scale.evaluation.arms import ARMS, TrialVectors, in_context, make_arms
 from hl_scale.evaluation.trials import HELDOUT, NEW, TRAINED, make_trials
@@ -132,6 +132,18 @@ def test_a_run_that_reads_its_condition_has_no_collapse_warning(
     assert list(result["arms"]) == ["own", "other"] and "without the arms random" in result["reduced"][0]
     assert not any("COLLAPSE" in warning for warning in result["warnings"])
     assert result["updates"]["relative_variance"] > 1e-3
+
+
+def test_updates_of_many_tasks_are_compared_for_a_few_of_them(
+    make_run: Callable[..., LoadedRun], tasks: TaskSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    every = evaluate_tasks(run, tasks, arms=["other"], progress=False)["updates"]
+    monkeypatch.setattr(steering, "TASKS", 3)
+    few = evaluate_tasks(run, tasks, arms=["other"], progress=False)["updates"]
+    spread = [tasks.tasks[place].name for place in (0, 2, 5)]  # np.round of 2.5 is 2
+    alone = evaluate_tasks(run, tasks, arms=["other"], only=spread, progress=False)["updates"]
+    assert (every["tasks"], few["tasks"]) == (6, 3) and few == pytest.approx(alone) and few != pytest.approx(every)
 
 
 def test_one_hot_conditions_are_asked_about_seen_tasks_alone(
