@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,9 +115,15 @@ def open_task(settings: LabelledConfig, corpus: Path) -> SuiteTask:
 
 
 def fit(
-    task: SuiteTask, base: AdaptedModel, base_config: BaseModelConfig, lora: LoraConfig, seed: int, store: CellStore
+    task: SuiteTask,
+    base: AdaptedModel,
+    base_config: BaseModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    store: CellStore,
+    say: Callable[[str], None],
 ) -> FittedTask:
-    """The task adapter of a seed, trained on Standard English or read."""
+    """The task adapter of a seed, trained on Standard English or read; `say` is told how far it is."""
     config = task.settings.task_adapter.model_copy(update={"seed": seed})
     train, validation = task.data.examples("train"), task.data.examples("validation")
     identity = training_identity(base, task.data.task, train, validation, config, lora)
@@ -124,8 +131,7 @@ def fit(
     def build(directory: Path) -> dict[str, Any]:
         place = directory / ADAPTER
         fitted = fit_task_adapter(
-            base, task.data.task, train, validation, place, config=config, lora=lora, base_config=base_config,
-            shown=False,
+            base, task.data.task, train, validation, place, config=config, lora=lora, base_config=base_config, say=say,
         )  # fmt: skip
         return {
             "validation": fitted.facts["validation"],

@@ -142,7 +142,7 @@ class Workbench:
         place = (task.name, seed)
         if place not in self._fitted:
             config = self.configs[seed].base
-            self._fitted[place] = fit(task, self.base, config, self.task_lora, seed, self.store)
+            self._fitted[place] = fit(task, self.base, config, self.task_lora, seed, self.store, self.methods.say)
         return self._fitted[place]
 
     def measure(self, request: Request, evaluated: Sequence[str]) -> Row:

@@ -41,7 +41,7 @@ def fit_task_adapter(
     config: TaskAdapterConfig,
     lora: LoraConfig,
     base_config: BaseModelConfig,
-    shown: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> TaskAdapter:
     """Train LoRA factors and a head, keep the state that is best on the validation examples, write it, and return it.
 
@@ -55,7 +55,7 @@ def fit_task_adapter(
         config: how it is trained.
         lora: layers, rank and scale of the factors; on a base that recomputes blocks the layers of `base.slots`.
         base_config: what the base is called, for the directory's provenance.
-        shown: whether a progress bar is.
+        say: told how far it is, after every step; a progress bar is shown unless it is given.
 
     Raises:
         TaskAdapterError: the directory holds something else, too few examples, or a loss that is not finite.
@@ -80,11 +80,14 @@ def fit_task_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fitting = _Fitting(base, task, training, validation, config, lora)
-        with counting_bar(task.name, config.steps, shown, unit="steps") as bar:
+        with counting_bar(task.name, config.steps, say is None, unit="steps") as bar:
 
             def advance(loss: float, best: float | None) -> None:
                 bar(1)
-                bar.say(f"{task.name}: loss {loss:.3f}, validation {'-' if best is None else format(best, '.3f')}")
+                text = f"loss {loss:.3f}, validation {'-' if best is None else format(best, '.3f')}"
+                bar.say(f"{task.name}: {text}")
+                if say is not None:
+                    say(f"{task.name}: step {bar.count}/{config.steps}, {text}")
 
             fitting.run(advance)
     facts = {"identity": identity, **fitting.facts(), "settings": config.model_dump(mode="json")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def fit(base: AdaptedModel, base_config: BaseModelConfig) -> Fit:
     def run(directory: Path, task: TaskFacts = CLASSES, config: TaskAdapterConfig = CONFIG, **more: Any) -> TaskAdapter:
         parts = [examples(size, seed, graded=task is SCORES) for size, seed in ((64, 1), (32, 2))]
         return fit_task_adapter(
-            base, task, *parts, directory, config=config, lora=LORA, base_config=base_config, shown=False, **more
+            base, task, *parts, directory, config=config, lora=LORA, base_config=base_config, **{"say": print, **more}
         )
 
     return run
@@ -115,12 +116,20 @@ def test_a_state_before_the_last_is_kept_where_later_ones_are_worse(base, base_c
     validation = [dataclasses.replace(example, label=1 - example.label) for example in examples(32, 2)]
     kept = fit_task_adapter(
         base, CLASSES, examples(64, 1), validation, tmp_path / "cell", config=CONFIG, lora=LORA,
-        base_config=base_config, shown=False,
+        base_config=base_config, say=print,
     )  # fmt: skip
     first, last = kept.facts["history"][0], kept.facts["history"][-1]
     assert last["accuracy"] < first["accuracy"] or last["loss"] > first["loss"]
     assert kept.facts["best_step"] == 15
     assert measure(base, kept.head, validation, kept.factors).metrics["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+def test_training_says_how_far_it_is_after_every_step(fit, tmp_path) -> None:
+    said: list[str] = []
+    fit(tmp_path / "cell", say=said.append)
+    assert len(said) == 60
+    assert said[0].startswith("nobody: step 1/60, loss ") and said[0].endswith("validation -")
+    assert re.fullmatch(r"nobody: step 60/60, loss \d\.\d+, validation \d\.\d+", said[-1])
 
 
 def test_a_finished_directory_is_read_and_not_trained_again(fit, directory, adapter) -> None:
