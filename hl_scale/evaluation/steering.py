@@ -187,7 +187,7 @@ def _dependence(run: LoadedRun, vectors: TrialVectors, trials: Sequence[Trial]) 
         if len(wordings) < WORDINGS:
             wordings.setdefault(trial.description, trial)
     tasks = list(by_task.values())
-    spread = dict.fromkeys(np.linspace(0, len(tasks) - 1, min(TASKS, len(tasks))).round().astype(int).tolist())
+    spread = np.linspace(0, len(tasks) - 1, min(TASKS, len(tasks))).round().astype(int)
     chosen = [trial for place in spread for trial in tasks[place].values()]
     factors = generated_factors(run, [vectors.vector(trial, OWN) for trial in chosen])
     gram = delta_gram(factors)
