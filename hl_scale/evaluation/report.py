@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from matplotlib.figure import Figure
 
 from hl_scale.data.durable import write_text
 from hl_scale.engine.progress import read_metrics
@@ -110,7 +109,7 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
         evaluation=evaluation,
         shown=_SHOWN[evaluation["evaluation"]](evaluation) if evaluation else None,
         provenance=json.dumps(evaluation["provenance"], indent=1) if evaluation else "",
-        curves=image(training_curves(metrics)) if metrics else None,
+        curves=image(to_svg(training_curves(metrics))) if metrics else None,
         training=_training_line(metrics) if metrics else "",
         configuration=(directory / "config.yaml").read_text(encoding="utf-8"),
         run_environment=environment.read_text(encoding="utf-8") if environment.is_file() else None,
@@ -125,9 +124,9 @@ def render_page(**values: Any) -> str:
     return page.render(**values)
 
 
-def image(figure: Figure) -> str:
-    """A figure as the address of an image that a page carries in itself."""
-    return "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure).encode()).decode()
+def image(svg: str) -> str:
+    """An SVG document as the address of an image that a page carries in itself."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def _dialects(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _dialects(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "heading": "Dialects",
         "legend": tables.LEGEND,
-        "charts": [("Divergence ratio per dialect and condition", image(dialect_chart(evaluation)))],
+        "charts": [("Divergence ratio per dialect and condition", image(to_svg(dialect_chart(evaluation))))],
         "lines": tables.standard_lines(evaluation),
         "tables": tables.tables(evaluation),
         "meanings_heading": "Conditions",
@@ -153,7 +152,7 @@ def _tasks(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "heading": "Tasks",
         "legend": steering_tables.LEGEND,
-        "charts": [(name, image(draw(evaluation))) for name, draw in charts.items()],
+        "charts": [(name, image(to_svg(draw(evaluation)))) for name, draw in charts.items()],
         "lines": steering_tables.lines(evaluation),
         "tables": steering_tables.tables(evaluation),
         "meanings_heading": "Arms and groups",

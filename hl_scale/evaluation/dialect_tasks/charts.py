@@ -1,4 +1,4 @@
-"""Charts of the suite: methods, the curve over annotations, coverage against gain."""
+"""Charts of the suite: methods, gains by dialect, the curve over annotations, coverage against gain."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hl_scale.evaluation.controls import OWN
 
 # Okabe and Ito's colours.
 _OWN, _OTHER = "#0072B2", "#999999"
+_BEST = "best_baseline"
 _CURVES = {"aligned": ("#D55E00", "o"), "annotated": ("#009E73", "s")}
 
 
@@ -38,6 +39,34 @@ def method_chart(task: Mapping[str, Any]) -> Figure:
     right.set_xlabel("own adapter minus this, points")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def gain_chart(task: Mapping[str, Any]) -> Figure:
+    """Points with 95% intervals for each dialect and their mean: the own adapter minus none, and minus the best
+    baseline of the headline where there is one."""
+    headline = task["headline"] or {}
+    against = {"none": (_OWN, "o"), **({headline[_BEST]: ("#D55E00", "s")} if headline.get(_BEST) else {})}
+    found = {each["second"]: each for each in task["differences"] if each["second"] in against}
+    places = list(found["none"]["dialects"])
+    figure = Figure(figsize=(9, 1.6 + 0.36 * len(places)), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, (colour, marker)) in enumerate(against.items()):
+        parts = [*(found[name]["dialects"].get(place) for place in places), found[name]["mean"]]
+        there = [(place, _percent(part)) for place, part in enumerate(parts) if part is not None]
+        values = np.array([value for _, value in there])
+        axes.errorbar(
+            values[:, 0], [place + 0.24 * (index - 0.5) for place, _ in there],
+            xerr=[values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
+            fmt=marker, color=colour, capsize=2, linestyle="none", label=f"own adapter minus {name}",
+        )  # fmt: skip
+    axes.axvline(0, color="#444444", linewidth=1, linestyle="--")
+    axes.axhline(len(places) - 0.5, color="#cccccc", linewidth=0.8)
+    axes.set_yticks(range(len(places) + 1), [*places, "mean of dialects"])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{_scaled(task)}, difference in points\n(right of 0: the own adapter is better)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

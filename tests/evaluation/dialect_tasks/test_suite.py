@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from hl_scale.data.one_hot import one_hot_corpus
 from hl_scale.data.shards import CorpusError
 from hl_scale.evaluation.dialect_tasks import run_suite, workbench
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
+from hl_scale.evaluation.dialect_tasks.charts import gain_chart
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED, Methods
 from hl_scale.evaluation.labelled import load_measurement
 from hl_scale.evaluation.measurement import EvaluationError
@@ -183,7 +186,10 @@ def test_the_report_holds_every_cell_and_the_tables_every_method(out, result) ->
     assert len(result["cells"]) == 2 * len(ALL) + 2 + len(TRAINED)  # and Standard English
     for row in result["cells"]:
         assert row["cell"] in page and (out / "cells" / row["cell"] / "measurement.json").is_file()
-    assert page.count("data:image/svg+xml;base64,") == 1 and "http://" not in page.replace("http://www.w3.org", "")
+    charts = [path.read_bytes() for path in sorted((out / "main").glob("*.svg"))]
+    embedded = re.findall('data:image/svg\\+xml;base64,([^"]*)', page)
+    assert len(charts) == 2 and sorted(map(base64.b64decode, embedded)) == sorted(charts)
+    assert "http://" not in page.replace("http://www.w3.org", "")
     with (out / "main" / "cells.csv").open() as file:
         assert [line["cell"] for line in csv.DictReader(file)] == [row["cell"] for row in result["cells"]]
     tables = (out / "main" / "tables.md").read_text()
@@ -193,6 +199,18 @@ def test_the_report_holds_every_cell_and_the_tables_every_method(out, result) ->
     (cell,) = [r for r in result["cells"] if r["method"] == "tada" and r["variety"] == CHICANO]
     assert float(rows["tada", CHICANO]["value"]) == pytest.approx(cell["accuracy"])
     assert rows["tada", CHICANO]["cells"] == cell["cell"]
+
+
+def test_the_chart_of_gains_sets_each_dialect_against_none_and_the_best_baseline(result) -> None:
+    (task,) = result["tasks"].values()
+    (axes,) = gain_chart(task).axes
+    best = task["headline"]["best_baseline"]
+    assert axes.get_legend_handles_labels()[1] == ["own adapter minus none", f"own adapter minus {best}"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [NIGERIAN, CHICANO, "mean of dialects"]
+    for name, bars in zip(("none", best), axes.containers, strict=True):
+        (found,) = [each for each in task["differences"] if each["second"] == name]
+        parts = [*(found["dialects"][place] for place in (NIGERIAN, CHICANO)), found["mean"]]
+        assert list(bars.lines[0].get_xdata()) == pytest.approx([100 * part["value"] for part in parts])
 
 
 def test_scores_are_compared_by_their_correlation(recipe, labelled, tmp_path, monkeypatch) -> None:
