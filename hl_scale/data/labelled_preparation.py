@@ -1,6 +1,6 @@
 """From a labelled source to a set on disk: split, transform test and annotated examples, write.
 
-A variety that is done is kept beside the set until the whole set is, so an interrupted preparation goes on where it
+Varieties that are done are kept beside the set until the whole set is, so an interrupted preparation goes on where it
 was, and another variety can be added to a finished set.
 """
 
@@ -44,6 +44,7 @@ from hl_scale.progress import counting_bar
 logger = logging.getLogger(__name__)
 
 _NOT_IN_FINGERPRINT = {"directory", "num_workers", "varieties", "apart_from"}
+_VARIETIES_AT_ONCE = 8  # one start of the workers and one parse of a sentence for so many
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,19 @@ class PreparedLabelled:
 
 
 @dataclass(frozen=True)
-class _VarietyPlan:
-    """One row for each sentence: its form in one variety."""
+class _VarietiesPlan:
+    """A row for each sentence and variety: its form there. Sentences come first, so that each is parsed once."""
 
-    variety: str
-    vector: npt.NDArray[np.float32]
+    vectors: dict[str, npt.NDArray[np.float32]]
     seed: int
 
     def rows(self, split: str, index: int, text: str) -> list[PlannedRow]:
         """See `generation.Plan`."""
-        return [PlannedRow(index, self.variety, self.vector, counter(self.seed, "labelled", text, self.variety))]
+        first = index * len(self.vectors)
+        return [
+            PlannedRow(first + place, variety, vector, counter(self.seed, "labelled", text, variety))
+            for place, (variety, vector) in enumerate(self.vectors.items())
+        ]
 
 
 @dataclass(frozen=True)
@@ -227,29 +231,33 @@ def _transform_missing(
     if missing:
         total = len(texts) * len(missing)
         with ray_session(data.num_workers), counting_bar("transforming", total, True, unit="sentences") as bar:
-            for name in missing:
-                bar.say(f"transforming, {name}")
-                forms = {}
-                for form in _transform(texts, name, data, lacking):
-                    forms[texts[form["sentence_id"]]] = form
+            for start in range(0, len(missing), _VARIETIES_AT_ONCE):
+                names = missing[start : start + _VARIETIES_AT_ONCE]
+                bar.say(f"transforming, {' and '.join(names[:2])}{' and others' if len(names) > 2 else ''}")
+                forms: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+                for form in _transform(texts, names, data, lacking):
+                    forms[form["variety"]][texts[form["sentence_id"]]] = form
                     bar(1)
-                entries[name] = _write_variety(partial, name, prints[name], chosen, forms, data.rows_per_shard)
+                for name in names:
+                    entries[name] = _write_variety(
+                        partial, name, prints[name], chosen, forms[name], data.rows_per_shard
+                    )  # fmt: skip
     return {name: entries[name] for name in prints}, missing
 
 
 def _transform(
-    texts: Sequence[str], name: str, data: LabelledDataConfig, lacking: dict[str, str]
+    texts: Sequence[str], names: Sequence[str], data: LabelledDataConfig, lacking: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Place, dialect form, rules and error of each text."""
+    """Place, variety, dialect form, rules and error of each text in each variety."""
     rows = [
         {"sentence_id": i, "split": "heldout", "index": i, "source": 0, "text": text} for i, text in enumerate(texts)
     ]
-    plan = _VarietyPlan(name, _vector(name), data.seed)
+    plan = _VarietiesPlan({name: _vector(name) for name in names}, data.seed)
     table = pa.Table.from_pylist(rows, schema=SENTENCE_SCHEMA)
     for part in transform_sentences(
         table, plan, num_workers=data.num_workers, directory=str(resource_directory()), unavailable=lacking
     ):
-        yield from part.select(["sentence_id", "dialect", "rules", "error"]).to_pylist()
+        yield from part.select(["sentence_id", "variety", "dialect", "rules", "error"]).to_pylist()
 
 
 def _write_variety(

@@ -130,7 +130,7 @@ def without_ray(monkeypatch, engine) -> list[str]:
     def transform(sentences: pa.Table, plan: Any, *, unavailable: Any, **_: Any) -> Iterator[pa.Table]:
         actor = object.__new__(DialectActor)
         actor._plan, actor._engine = plan, engine
-        done.append(plan.variety)
+        done.extend(plan.vectors)
         yield actor(sentences)
 
     monkeypatch.setattr(labelled_preparation, "transform_sentences", transform)
@@ -178,12 +178,13 @@ def test_an_interrupted_preparation_goes_on_with_the_next_variety(labelled_confi
     transform = labelled_preparation.transform_sentences
 
     def fails_at_the_second(sentences: pa.Table, plan: Any, **settings: Any) -> Iterator[pa.Table]:
-        if plan.variety == "Nigerian English":
+        if "Nigerian English" in plan.vectors:
             raise KeyboardInterrupt
         return transform(sentences, plan, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(labelled_preparation, "transform_sentences", fails_at_the_second)
+        patch.setattr(labelled_preparation, "_VARIETIES_AT_ONCE", 1)
         with pytest.raises(KeyboardInterrupt):
             prepare_labelled(labelled_config())
     directory = Path(labelled_config().directory)

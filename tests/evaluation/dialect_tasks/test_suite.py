@@ -42,12 +42,15 @@ ALL = ["none", *GENERATED, *TRAINED, "lora_dialect"]
 
 def rule_engine(sentences: pa.Table, plan: Any, **_: Any) -> Iterator[pa.Table]:
     """In the place of Multi-VALUE: one word more, another in every variety."""
-    rows = sentences.to_pylist()
-    word = {NIGERIAN: "nobody", CHICANO: "rained"}[plan.variety]
+    words = {NIGERIAN: "nobody", CHICANO: "rained"}
     yield pa.Table.from_pylist(
-        [{"sentence_id": r["sentence_id"], "dialect": f"{word} {r['text']}", "rules": [], "error": None} for r in rows],
-        schema=pa.schema({"sentence_id": pa.int64(), "dialect": pa.string(), "rules": pa.list_(pa.string()),
-                          "error": pa.string()}),
+        [
+            {"sentence_id": row["sentence_id"], "variety": form.variety, "rules": [], "error": None,
+             "dialect": f"{words[form.variety]} {row['text']}"}
+            for row in sentences.to_pylist() for form in plan.rows(row["split"], row["index"], row["text"])
+        ],
+        schema=pa.schema({"sentence_id": pa.int64(), "variety": pa.string(), "dialect": pa.string(),
+                          "rules": pa.list_(pa.string()), "error": pa.string()}),
     )  # fmt: skip
 
 
