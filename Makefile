@@ -15,7 +15,7 @@ DEMO_RUN := runs/demo
 DEMO_PLAIN := runs/demo-plain-lora
 FULL_RUN := runs/gemma270m
 FULL_PLAIN := runs/gemma270m-plain-lora
-PLAIN := hypernetwork.kind=plain_lora training.learning_rate=3.0e-3
+PLAIN := hypernetwork.kind=plain_lora
 
 # Text-to-LoRA and its controls: about an hour for each training on two cores, more where prompts hold descriptions.
 T2L := configs/t2l_gemma270m_cpu.yaml

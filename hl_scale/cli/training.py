@@ -54,7 +54,7 @@ def evaluate(
     ] = None,
     suite: Annotated[str | None, typer.Option(help="dialect-tasks: labelled tasks, against baselines")] = None,
     experiment: Annotated[
-        str | None, typer.Option(help="--suite: main, annotations, coverage, leave_one_out or ablations")
+        str | None, typer.Option(help="--suite: main, alignment, annotations, coverage, leave_one_out, ablations")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="--suite: folder of its cells and reports")] = None,
     control: Annotated[Path | None, typer.Option(help="run of kind plain_lora with the same budget")] = None,

@@ -19,7 +19,7 @@ Method = Literal[
     "none", "own", "zero", "mean_named", "mean_training", "shuffled", "wrong",
     "lora", "prefix", "bottleneck", "tada", "hyper_adapter", "lora_dialect",
 ]  # fmt: skip
-Experiment = Literal["main", "annotations", "coverage", "leave_one_out", "ablations"]
+Experiment = Literal["main", "alignment", "annotations", "coverage", "leave_one_out", "ablations"]
 Count = Annotated[int, Field(ge=1)]
 
 

@@ -12,7 +12,6 @@ from hl_scale.evaluation.controls import OWN
 
 # Okabe and Ito's colours.
 _OWN, _OTHER = "#0072B2", "#999999"
-_BEST = "best_baseline"
 _CURVES = {"aligned": ("#D55E00", "o"), "annotated": ("#009E73", "s")}
 
 
@@ -45,8 +44,8 @@ def method_chart(task: Mapping[str, Any]) -> Figure:
 def gain_chart(task: Mapping[str, Any]) -> Figure:
     """Points with 95% intervals for each dialect and their mean: the own adapter minus none, and minus the best
     baseline of the headline where there is one."""
-    headline = task["headline"] or {}
-    against = {"none": (_OWN, "o"), **({headline[_BEST]: ("#D55E00", "s")} if headline.get(_BEST) else {})}
+    best = task.get("best_baseline") or (task["headline"] or {}).get("best_baseline")
+    against = {"none": (_OWN, "o"), **({best: ("#D55E00", "s")} if best else {})}
     found = {each["second"]: each for each in task["differences"] if each["second"] in against}
     places = list(found["none"]["dialects"])
     figure = Figure(figsize=(9, 1.6 + 0.36 * len(places)), layout="constrained")
@@ -110,7 +109,7 @@ def coverage_chart(task: Mapping[str, Any]) -> Figure:
 
 
 def _scaled(task: Mapping[str, Any]) -> str:
-    return "accuracy in %" if task["metric"] == "accuracy" else f"{task['metric']} x 100"
+    return f"{task['metric']} x 100" if "correlation" in task["metric"] else f"{task['metric']} in %"
 
 
 def _percent(part: Mapping[str, Any]) -> tuple[float, float, float]:

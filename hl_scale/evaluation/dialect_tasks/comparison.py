@@ -1,6 +1,6 @@
 """From measured rows to what is said of them: qualities, paired differences, points lost and regained.
 
-Quality is accuracy, or Pearson's correlation where labels are scores.
+Quality is accuracy, Pearson's correlation where labels are scores, or the share of the divergence that is removed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,23 @@ import numpy as np
 from hl_scale.conditions import typology
 from hl_scale.evaluation.controls import OWN
 from hl_scale.evaluation.dialect_tasks.methods import NONE, TRAINED
-from hl_scale.evaluation.dialect_tasks.statistics import Predictions, difference, mcnemar, quality, share
+from hl_scale.evaluation.dialect_tasks.statistics import (
+    Kind,
+    Predictions,
+    difference,
+    mcnemar,
+    quality,
+    resampled,
+    share,
+)
 from hl_scale.evaluation.dialect_tasks.workbench import Row
+from hl_scale.evaluation.labelled import Measurement
 from hl_scale.evaluation.statistics import SentenceBootstrap
 
 Key = tuple[str, str]
+METRICS: dict[Kind, str] = {
+    "classes": "accuracy", "scores": "Pearson's correlation", "divergences": "divergence removed",
+}  # fmt: skip
 
 
 class TaskTable:
@@ -35,12 +47,8 @@ class TaskTable:
         ids = sorted({i for group in self.rows.values() for i in group[0].measurement.example_ids})
         number = {example: row for row, example in enumerate(ids)}
         self.found = {key: _predictions(group, number) for key, group in self.rows.items()}
-        self.metric = "Pearson's correlation" if self._scores else "accuracy"
+        self.metric = METRICS[next(iter(self.found.values())).kind]
         self.bootstrap = SentenceBootstrap(len(ids), samples=samples, seed=seed)
-
-    @property
-    def _scores(self) -> bool:
-        return next(iter(self.found.values())).scores
 
     @property
     def methods(self) -> list[str]:
@@ -101,11 +109,16 @@ class TaskTable:
         }
 
     def _p(self, first: str, second: str, variety: str) -> list[float] | None:
-        if self._scores:
+        if self.metric != METRICS["classes"]:
             return None
         ours = self.found[first, variety]
         theirs = self.found[second, variety].at(ours.rows)
         return [mcnemar(a, b) for a, b in zip(ours.correct, theirs.correct, strict=True)]
+
+    def best_baseline(self, varieties: Sequence[str]) -> str | None:
+        """The one trained method with the highest mean; None where there is none."""
+        rivals = [name for name in self.methods if name in TRAINED]
+        return max(rivals, key=lambda name: resampled(self.bootstrap, self.of(name, varieties))[0], default=None)
 
     def headline(self, own: str = OWN) -> dict[str, Any] | None:
         """Points lost to dialect, points that the own adapters regain, and the same against the best baseline.
@@ -121,8 +134,7 @@ class TaskTable:
         original = [self.found[NONE, typology.STANDARD].at(part.rows) for part in bare]
         lost = difference(self.bootstrap, original, bare)
         regained = difference(self.bootstrap, ours, bare)
-        rivals = [name for name in self.methods if name in TRAINED]
-        best = max(rivals, key=lambda name: quality(self.bootstrap, self.of(name, names)).value, default=None)
+        best = self.best_baseline(names)
         return {
             "varieties": names,
             "lost": lost.to_dict(),
@@ -147,4 +159,8 @@ def _predictions(group: Sequence[Row], number: dict[int, int]) -> Predictions:
     rows = np.array([number[example] for example in first.example_ids], dtype=np.intp)
     order = np.argsort(rows, kind="stable")
     predicted = np.stack([row.measurement.predictions[order] for row in group])
-    return Predictions(rows[order], first.labels[order], predicted, first.task.kind != "classification")
+    if isinstance(first, Measurement):
+        kind: Kind = "classes" if first.task.kind == "classification" else "scores"
+    else:
+        kind = "divergences"
+    return Predictions(rows[order], first.labels[order], predicted, kind)

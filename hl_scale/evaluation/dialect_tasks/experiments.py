@@ -12,9 +12,10 @@ import numpy as np
 from hl_scale.conditions import typology
 from hl_scale.config.suites import SuiteRecipe
 from hl_scale.evaluation.controls import OWN
+from hl_scale.evaluation.dialect_tasks.alignment import TASK, Aligner
 from hl_scale.evaluation.dialect_tasks.cells import CellStore, slug
 from hl_scale.evaluation.dialect_tasks.comparison import TaskTable
-from hl_scale.evaluation.dialect_tasks.methods import NONE
+from hl_scale.evaluation.dialect_tasks.methods import NONE, PER_DIALECT
 from hl_scale.evaluation.dialect_tasks.statistics import correlations, crossing
 from hl_scale.evaluation.dialect_tasks.workbench import (
     Request,
@@ -23,9 +24,13 @@ from hl_scale.evaluation.dialect_tasks.workbench import (
     carry_out,
     labelled_as,
     ordered_methods,
+    places,
+    told,
     wanted,
 )
 from hl_scale.evaluation.measurement import EvaluationError
+from hl_scale.evaluation.statistics import SentenceBootstrap
+from hl_scale.progress import counting_bar
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,44 @@ def compared(table: TaskTable) -> dict[str, Any]:
         "methods": [table.method_facts(name) for name in table.methods],
         "differences": [table.difference(OWN, name, table.varieties(name)) for name in others],
         "headline": table.headline(),
+    }
+
+
+def alignment(lab: Laboratory) -> Experiment:
+    """The share of the divergence that every method removes on held-out sentences, and what Standard English pays."""
+    bench, suite = lab.main, lab.recipe.suite
+    bench.train()
+    varieties = [typology.resolve(name) for name in suite.dialects] or list(bench.corpus.heldout_varieties)
+    aligner = Aligner(bench, varieties)
+    methods = [name for name in ordered_methods(suite) if name not in PER_DIALECT]
+    asked = [(name, place, seed) for seed in suite.seeds for name in methods for place in places(name, varieties)]
+    rows = []
+    with counting_bar("aligning", len(asked), lab.shown, unit="cells") as bar, told([bench], bar.say):
+        for method, variety, seed in asked:
+            bar.say(f"{method}, {variety}, seed {seed}")
+            rows.append(aligner.measure(method, variety, seed))
+            bar(1)
+    dialects = [row for row in rows if row.variety != typology.STANDARD]
+    table = lab.tables(dialects)[TASK]
+    best = table.best_baseline(varieties)
+    found = {
+        **compared(table),
+        "best_baseline": best,
+        "over_best": None if best is None else table.difference(OWN, best, varieties)["mean"],
+        "standard_damage": _standard_damage(lab, [row for row in rows if row.variety == typology.STANDARD]),
+    }
+    return Experiment(rows, {TASK: found})
+
+
+def _standard_damage(lab: Laboratory, rows: Sequence[Row]) -> dict[str, Any]:
+    """Mean divergence of Standard English sentences to themselves under each method, mean over seeds."""
+    suite = lab.recipe.suite
+    bootstrap = SentenceBootstrap(len(rows[0].measurement.labels), samples=suite.bootstrap_samples, seed=suite.seed)
+    return {
+        method: bootstrap.mean(
+            np.mean([row.measurement.predictions for row in rows if row.method == method], axis=0)
+        ).to_dict()
+        for method in dict.fromkeys(row.method for row in rows if row.method != NONE)
     }
 
 
@@ -200,6 +243,7 @@ def ablations(lab: Laboratory) -> Experiment:
 
 EXPERIMENTS: dict[str, Callable[[Laboratory], Experiment]] = {
     "main": main,
+    "alignment": alignment,
     "annotations": annotation_curve,
     "coverage": coverage,
     "leave_one_out": leave_one_out,

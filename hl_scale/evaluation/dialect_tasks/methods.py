@@ -130,8 +130,9 @@ class Methods:
         return self.store.get(f"run-{config.hypernetwork.kind}-seed{seed}", key, build, resumable=True)
 
     def adapter(
-        self, method: str, variety: str, seed: int, evaluated: Sequence[str], task: FittedTask, count: int | None = None
-    ) -> Adapter:
+        self, method: str, variety: str, seed: int, evaluated: Sequence[str], task: FittedTask | None = None,
+        count: int | None = None,
+    ) -> Adapter:  # fmt: skip
         """What a method adds in a variety.
 
         Args:
@@ -139,15 +140,18 @@ class Methods:
             variety: full name; Standard English has the zero vector.
             seed: of training.
             evaluated: varieties among which the wrong one is found.
-            task: whose sentences, and for `annotated` labels, a method for one dialect is trained on.
+            task: whose sentences, and for `annotated` labels, a method for one dialect is trained on; others need none.
             count: how many of them; all annotated ones unless given.
         """
         if method == NONE:
             return Adapter()
         if method in GENERATED:
             return self._generated(method, variety, seed, evaluated)
-        cell = self._dialect_lora(method, variety, seed, task, count) if method in PER_DIALECT else None
-        cell = self._shared(method, seed) if cell is None else cell
+        if method in PER_DIALECT:
+            assert task is not None
+            cell = self._dialect_lora(method, variety, seed, task, count)
+        else:
+            cell = self._shared(method, seed)
         if cell.directory not in self._loaded:
             self._loaded[cell.directory] = load_adaptation(cell.directory, self.base)
         adaptation = self._loaded[cell.directory]

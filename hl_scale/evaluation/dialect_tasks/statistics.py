@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from hl_scale.evaluation.labelled.measuring import pearson, ranks
 from hl_scale.evaluation.statistics import Estimate, SentenceBootstrap, defined_ratio
 
 Array = npt.NDArray[np.float64]
+Kind = Literal["classes", "scores", "divergences"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,15 @@ class Predictions:
     Attributes:
         rows: (m,) numbers of the sentences among all test sentences of the task, ascending; some may be missing in a
             dialect.
-        labels: (m,) classes or scores.
-        predicted: (seeds, m).
-        scores: whether labels are scores.
+        labels: (m,) classes, scores, or divergences without an adapter.
+        predicted: (seeds, m) the same as predicted, or divergences with an adapter.
+        kind: which of the three.
     """
 
     rows: npt.NDArray[np.intp]
     labels: Array
     predicted: Array
-    scores: bool = False
+    kind: Kind = "classes"
 
     @property
     def correct(self) -> Array:
@@ -46,11 +48,13 @@ class Predictions:
         place = np.searchsorted(self.rows, rows)
         if (place >= len(self.rows)).any() or (self.rows[place] != rows).any():
             raise ValueError("a sentence was not measured under every method")
-        return Predictions(rows, self.labels[place], self.predicted[:, place], self.scores)
+        return Predictions(rows, self.labels[place], self.predicted[:, place], self.kind)
 
     def qualities(self) -> Array:
-        """(seeds,) accuracy, or Pearson's correlation with the scores."""
-        if self.scores:
+        """(seeds,) accuracy, Pearson's correlation with the scores, or the share of the divergence that is removed."""
+        if self.kind == "divergences":
+            return np.asarray(1 - self.predicted.sum(1) / self.labels.sum())
+        if self.kind == "scores":
             return np.array([pearson(self.labels, each) for each in self.predicted])
         return np.asarray(self.correct.mean(1))
 
@@ -66,7 +70,9 @@ def resampled(bootstrap: SentenceBootstrap, parts: Sequence[Predictions]) -> tup
 
 def _resampled_quality(bootstrap: SentenceBootstrap, part: Predictions) -> Array:
     ones = np.ones(len(part.rows))
-    if not part.scores:
+    if part.kind == "divergences":
+        return 1 - defined_ratio(*bootstrap.sums(np.stack([part.predicted.mean(0), part.labels], 1), part.rows).T)
+    if part.kind == "classes":
         return defined_ratio(*bootstrap.sums(np.stack([part.correct.mean(0), ones], axis=1), part.rows).T)
     # Moments about the means of all sentences, so that little is lost to rounding.
     x = part.labels - part.labels.mean()
@@ -82,7 +88,7 @@ def _resampled_quality(bootstrap: SentenceBootstrap, part: Predictions) -> Array
 
 
 def quality(bootstrap: SentenceBootstrap, parts: Sequence[Predictions]) -> Estimate:
-    """Mean over dialects and seeds of accuracy, or of Pearson's correlation; the interval is over sentences alone."""
+    """Mean over dialects and seeds of the quality; the interval is over sentences alone."""
     return bootstrap.estimate(*resampled(bootstrap, parts))
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from hl_scale.evaluation.tables import TextTable
 
 Result = Mapping[str, Any]
+_QUALITIES = ("accuracy", "pearson", "divergence_removed")
 LEGEND = (
-    "Accuracy in %, or Pearson's correlation x 100 where labels are scores; mean over seeds, [95% interval over test "
-    "sentences]. Differences are in points (hundredths), on the same sentences; positive: the own adapter is better. "
+    "Accuracy in %, Pearson's correlation x 100 where labels are scores, or the share in % of the divergence from "
+    "Standard English originals that an adapter removes; mean over seeds, [95% interval over sentences]. Differences "
+    "are in points (hundredths), on the same sentences; positive: the own adapter is better. "
     "* : trained on text of that dialect."
 )
 
@@ -22,6 +24,8 @@ def tables(result: Result) -> list[TextTable]:
     found = []
     for name, task in result["tasks"].items():
         found += [_quality_table(name, task), _difference_table(name, task)]
+        if "standard_damage" in task:
+            found.append(_damage_table(name, task))
         if "curves" in task:
             found.append(_curve_table(name, task))
         if "correlations" in task:
@@ -33,7 +37,9 @@ def lines(result: Result) -> list[str]:
     """The headline of each task in words."""
     said = []
     for name, task in result["tasks"].items():
-        if task["headline"] is not None:
+        if "standard_damage" in task:
+            said.append(f"{name}: {_aligned(task)}")
+        elif task["headline"] is not None:
             said.append(f"{name}: {_headline(task['headline'])}")
         else:
             gain = next(found["mean"] for found in task["differences"] if found["second"] == "none")
@@ -55,8 +61,8 @@ def cells_table(result: Result) -> TextTable:
     names = ["task", "method", "count", "variant", "variety", "seed", "quality", "cell", "adapter", "task_adapter"]
     rows = []
     for row in result["cells"]:
-        quality = row["accuracy"] if "accuracy" in row else row["pearson"]
-        shown = {**row, "quality": f"{100 * quality:.1f}"}
+        quality = next((row[key] for key in _QUALITIES if row.get(key) is not None), None)
+        shown = {**row, "quality": "-" if quality is None else f"{100 * quality:.1f}"}
         rows.append(["" if shown[name] is None else str(shown[name]) for name in names])
     return TextTable("Cells: a directory for each row", [name.replace("_", " ") for name in names], rows)
 
@@ -106,6 +112,21 @@ def _headline(headline: Mapping[str, Any]) -> str:
         return text + "."
     best = f"the best baseline of equal budget, {headline['best_baseline']}"
     return f"{text}. Own adapter minus {best}: {points(headline['over_best'])}."
+
+
+def _aligned(task: Mapping[str, Any]) -> str:
+    own = next(method["mean"] for method in task["methods"] if method["method"] == "own")
+    text = f"own adapters remove {interval(own)} % of the divergence, mean of dialects."
+    if task["best_baseline"] is None:
+        return text
+    return f"{text} Minus the best baseline of equal budget, {task['best_baseline']}: {points(task['over_best'])}."
+
+
+def _damage_table(name: str, task: Mapping[str, Any]) -> TextTable:
+    rows = [[method, interval(part, 1, 4)] for method, part in task["standard_damage"].items()]
+    return TextTable(
+        f"{name}: divergence of Standard English sentences to themselves", ["method", "mean divergence"], rows
+    )
 
 
 def _worth(kind: str, curve: Mapping[str, Any]) -> str:

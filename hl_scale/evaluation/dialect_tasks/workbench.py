@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from hl_scale.base import AdaptedModel, load_base
 from hl_scale.conditions import typology
@@ -17,9 +20,21 @@ from hl_scale.data.one_hot import one_hot_corpus, one_hot_vector
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
 from hl_scale.evaluation.dialect_tasks.labelled_tasks import FittedTask, SuiteTask, fit, open_task, predict
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, NONE, PER_DIALECT, Methods
-from hl_scale.evaluation.labelled import Measurement
 from hl_scale.evaluation.measurement import EvaluationError
 from hl_scale.progress import counting_bar
+
+
+class Measured(Protocol):
+    """What a measurement says, sentence by sentence."""
+
+    @property
+    def example_ids(self) -> tuple[int, ...]: ...
+    @property
+    def labels(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def predictions(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def metrics(self) -> Mapping[str, float | None]: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Row:
     cell: str
     adapter: str | None
     task_adapter: str
-    measurement: Measurement
+    measurement: Measured
 
     def facts(self) -> dict[str, Any]:
         """Everything but the predictions, ready for JSON and CSV."""
@@ -164,7 +179,10 @@ class Workbench:
 def carry_out(requests: Sequence[Request], evaluated: Sequence[str], shown: bool) -> list[Row]:
     """All rows, with a progress bar over them."""
     rows = []
-    with counting_bar("measuring", len(requests), shown, unit="cells") as bar, _told(requests, bar.say):
+    with (
+        counting_bar("measuring", len(requests), shown, unit="cells") as bar,
+        told((request.bench for request in requests), bar.say),
+    ):
         for request in requests:
             bar.say(f"{request.method}, {request.variety}, seed {request.seed}")
             rows.append(request.bench.measure(request, evaluated))
@@ -173,9 +191,9 @@ def carry_out(requests: Sequence[Request], evaluated: Sequence[str], shown: bool
 
 
 @contextmanager
-def _told(requests: Sequence[Request], say: Callable[[str], None]) -> Iterator[None]:
+def told(benches: Iterable[Workbench], say: Callable[[str], None]) -> Iterator[None]:
     """Let trainings say how far they are."""
-    methods = {id(request.bench.methods): request.bench.methods for request in requests}.values()
+    methods = {id(bench.methods): bench.methods for bench in benches}.values()
     for each in methods:
         each.say = say
     try:
@@ -191,10 +209,14 @@ def wanted(bench: Workbench, methods: Sequence[str], varieties: Sequence[str]) -
     for task in bench.tasks:
         for seed in bench.suite.seeds:
             for method in methods:
-                own = method in PER_DIALECT or (method in GENERATED and method != "own")
-                places = list(varieties) if own else [*varieties, typology.STANDARD]
-                found += [Request(bench, task, method, variety, seed) for variety in places]
+                found += [Request(bench, task, method, variety, seed) for variety in places(method, varieties)]
     return found
+
+
+def places(method: str, varieties: Sequence[str]) -> list[str]:
+    """Where a method is measured: in Standard English too, unless it is of one dialect or has another's vector."""
+    of_dialects = method in PER_DIALECT or (method in GENERATED and method != "own")
+    return list(varieties) if of_dialects else [*varieties, typology.STANDARD]
 
 
 def ordered_methods(suite: SuiteConfig) -> list[str]:

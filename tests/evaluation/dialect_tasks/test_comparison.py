@@ -9,6 +9,7 @@ import pytest
 
 from hl_scale.conditions import typology
 from hl_scale.data.labelled import TaskFacts
+from hl_scale.evaluation.dialect_tasks.alignment import AlignmentMeasurement
 from hl_scale.evaluation.dialect_tasks.comparison import TaskTable
 from hl_scale.evaluation.dialect_tasks.statistics import correlations, crossing, mcnemar
 from hl_scale.evaluation.dialect_tasks.workbench import Row
@@ -120,6 +121,25 @@ def test_scores_are_compared_by_pearsons_correlation_on_resampled_sentences() ->
     assert same(headline["over_best"], own - lora) and same(headline["share"], (own - bare) / (whole - bare))
     assert table.metric == "Pearson's correlation"
     assert table.difference("own", "none", [NIGERIAN])["dialects"][NIGERIAN]["p"] is None
+
+
+def test_the_share_of_divergence_removed_is_of_sums_over_resampled_sentences() -> None:
+    draw = np.random.default_rng(5)
+    base = draw.uniform(1, 3, size=40)
+    left = {seed: base * draw.uniform(0.3, 1.1, size=40) for seed in (0, 1)}
+    rows = [
+        Row("alignment", method, NIGERIAN, seed, None, "", False, 8, 8, 4, "cell", None, "",
+            AlignmentMeasurement(tuple(range(40)), base, base if method == "none" else left[seed]))
+        for method in ("none", "own") for seed in left
+    ]  # fmt: skip
+    table = TaskTable(rows, samples=300, seed=0)
+    counts = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), size=300)
+    mean = (left[0] + left[1]) / 2
+    low, high = np.percentile(1 - (counts @ mean) / (counts @ base), [2.5, 97.5])
+    found = table.difference("own", "none", [NIGERIAN])["mean"]
+    value = 1 - mean.sum() / base.sum()
+    assert [found["value"], found["low"], found["high"]] == pytest.approx([value, low, high])
+    assert table.metric == "divergence removed" and rows[0].measurement.metrics["divergence_removed"] == 0
 
 
 def test_dialects_that_training_has_seen_are_not_in_the_headline() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import random
@@ -28,10 +29,12 @@ from hl_scale.data.corpus import PreparedCorpus, load_corpus
 from hl_scale.data.labelled import corpus_texts
 from hl_scale.data.one_hot import one_hot_corpus
 from hl_scale.data.shards import CorpusError
+from hl_scale.engine.run import load_run
 from hl_scale.evaluation.dialect_tasks import run_suite, workbench
 from hl_scale.evaluation.dialect_tasks.cells import CellStore
 from hl_scale.evaluation.dialect_tasks.charts import gain_chart
 from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED, Methods
+from hl_scale.evaluation.dialects import evaluate_dialects
 from hl_scale.evaluation.labelled import load_measurement
 from hl_scale.evaluation.measurement import EvaluationError
 
@@ -246,6 +249,43 @@ def test_annotations_reuse_what_there_is_and_say_what_the_vector_is_worth(recipe
     task = found.result["tasks"]["jsonl"]
     assert set(task["curves"]) == {"aligned", "annotated"} and task["curves"]["aligned"]["counts"] == [2, 12]
     assert "the generated adapter is worth" in (out / "annotations" / "tables.md").read_text()
+
+
+def test_alignment_is_that_of_the_evaluation_of_the_run(recipe, out) -> None:
+    found = run_suite(load_suite(recipe), out, "alignment", "cpu", shown=False)
+    run = load_run(load_suite(recipe).suite.runs[0], device="cpu")
+    corpus = load_corpus(run.config.data.directory)
+    data = run.config.data.model_copy(update={"evaluation_varieties": corpus.heldout_varieties})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"data": data}))
+    expected = evaluate_dialects(run, corpus, progress=False)
+    task = found.result["tasks"]["alignment"]
+    assert [method["method"] for method in task["methods"]] == [name for name in ALL if name != "lora_dialect"]
+    for method in task["methods"]:
+        for row in expected["dialects"]:
+            removed = method["dialects"][row["variety"]]["value"]
+            if method["method"] in ("own", "zero", "mean_training", "wrong"):
+                assert removed == pytest.approx(1 - row["ratio"][method["method"]]["value"], rel=1e-6)
+            elif method["method"] == "none":
+                assert removed == 0
+            else:
+                assert abs(removed) > 1e-9
+    damage = task["standard_damage"]
+    assert damage["own"]["value"] == pytest.approx(
+        expected["standard_english"]["divergence"]["zero"]["value"], rel=1e-6
+    )
+    assert set(damage) == {"own", *TRAINED} and task["best_baseline"] in TRAINED
+    best = task["best_baseline"]
+    (over,) = [each["mean"] for each in task["differences"] if each["second"] == best]
+    assert task["over_best"] == over
+    tables = (out / "alignment" / "tables.md").read_text()
+    assert f"Minus the best baseline of equal budget, {best}" in tables and "Standard English sentences" in tables
+    assert run_suite(load_suite(recipe), out, "alignment", "cpu", shown=False).made == 0
+
+
+def test_alignment_asks_for_sentences_that_were_held_out(recipe, tmp_path) -> None:
+    missing = ["suite.dialects=[Appalachian English]"]
+    with pytest.raises(EvaluationError, match=r"no held-out sentences in Appalachian English\n  fix: add it"):
+        run_suite(load_suite(recipe, missing), tmp_path, "alignment", "cpu", shown=False)
 
 
 def test_loras_of_one_dialect_may_take_fewer_steps_than_what_all_share(recipe, out) -> None:
