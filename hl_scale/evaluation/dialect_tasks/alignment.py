@@ -85,7 +85,8 @@ class Aligner:
             bare, _, _ = self._divergences(NONE, Adapter(), variety, pairs)
             self._base[variety] = bare
         added = self.bench.methods.adapter(method, variety, seed, self.varieties)
-        values, cell, ids = self._divergences(f"{method}-seed{seed}", added, variety, pairs)
+        name = NONE if method == NONE else f"{method}-seed{seed}"  # the bare base is the same under every seed
+        values, cell, ids = self._divergences(name, added, variety, pairs)
         return Row(
             TASK, method, variety, seed, None, "", added.seen, added.carried, added.trained, added.pairs, cell,
             self.bench.store.name_of(added.origin), "", AlignmentMeasurement(ids, self._base[variety], values),
