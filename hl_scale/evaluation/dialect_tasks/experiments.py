@@ -201,23 +201,29 @@ def _correlations(lab: Laboratory, shares: Sequence[float], gains: Sequence[floa
 
 
 def leave_one_out(lab: Laboratory) -> Experiment:
-    """Hypernetworks trained on the other dialects by name, each measured in the one it has not seen."""
-    settings = lab.recipe.leave_one_out
+    """Hypernetworks trained on the other dialects by name, each measured in the one it has not seen, against one
+    that is trained on all of them."""
+    settings, wants_lora = lab.recipe.leave_one_out, "lora" in lab.recipe.suite.methods
     varieties = lab.main.varieties(settings.dialects)
     if len(varieties) < 2:
         raise EvaluationError("leaving one dialect out needs at least two\n  fix: name more in leave_one_out.dialects")
     directory = lab.main.corpus.directory
-    requests = []
-    for left_out in varieties:
-        others = [name for name in varieties if name != left_out]
+
+    def requests(training: Sequence[str], name: str, methods: Sequence[str], measured: Sequence[str]) -> list[Request]:
         bench = lab.bench(
-            [*settings.overrides, "data.mode=named", f"data.training_varieties={json.dumps(others)}",
-             "data.evaluation_varieties=[]", f"data.directory={directory}-without-{slug(left_out)}"]
+            [*settings.overrides, "data.mode=named", f"data.training_varieties={json.dumps(training)}",
+             "data.evaluation_varieties=[]", f"data.directory={directory}-{name}"]
         )  # fmt: skip
         bench.train()
-        methods = [NONE, OWN, *(("lora",) if "lora" in lab.recipe.suite.methods else ())]
-        requests += [r for r in wanted(bench, methods, [left_out]) if r.variety != typology.STANDARD]
-    rows = lab.rows(requests, varieties)
+        return [r for r in wanted(bench, methods, measured) if r.variety != typology.STANDARD]
+
+    asked = []
+    for left_out in varieties:
+        others = [name for name in varieties if name != left_out]
+        methods = [NONE, OWN, *(["lora"] if wants_lora else [])]
+        asked += requests(others, f"without-{slug(left_out)}", methods, [left_out])
+    asked += labelled_as(requests(varieties, "all-named", [OWN], varieties), "seen")
+    rows = lab.rows(asked, varieties)
     return Experiment(rows, {name: compared(table) for name, table in lab.tables(rows).items()})
 
 

@@ -42,8 +42,11 @@ def lines(result: Result) -> list[str]:
         elif task["headline"] is not None:
             said.append(f"{name}: {_headline(task['headline'])}")
         else:
-            gain = next(found["mean"] for found in task["differences"] if found["second"] == "none")
-            said.append(f"{name}: own adapters minus the task adapter alone, mean of dialects: {points(gain)}.")
+            means = {found["second"]: found["mean"] for found in task["differences"]}
+            text = f"own adapters minus the task adapter alone, mean of dialects: {points(means['none'])}"
+            if "own (seen)" in means:
+                text += f"; minus own adapters of a hypernetwork trained on all of them: {points(means['own (seen)'])}"
+            said.append(f"{name}: {text}.")
         for kind, curve in task.get("curves", {}).items():
             said.append(f"{name}: {_worth(kind, curve)} (By means alone.)")
     return said

@@ -367,20 +367,30 @@ def recipe_to_train(
     return tmp_path / "suite.yaml"
 
 
-def test_the_dialect_that_is_left_out_is_seen_by_no_method(recipe_to_train, tmp_path) -> None:
+def test_the_dialect_that_is_left_out_is_seen_by_the_method_trained_on_all_alone(recipe_to_train, tmp_path) -> None:
     found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
     rows = found.result["cells"]
-    assert {row["method"] for row in rows} == {"none", "own", "lora"} and not any(row["seen"] for row in rows)
-    runs = {row["variety"]: row["adapter"] for row in rows if row["method"] == "own"}
-    assert set(runs) == {NIGERIAN, CHICANO} and len(set(runs.values())) == 2
-    for variety, other in ((NIGERIAN, CHICANO), (CHICANO, NIGERIAN)):
-        run = yaml.safe_load((tmp_path / "out" / "cells" / runs[variety] / "config.yaml").read_text())
-        assert run["data"]["training_varieties"] == [other]
-    baselines = {row["variety"]: row["adapter"] for row in rows if row["method"] == "lora"}
+    unseen = [row for row in rows if not row["variant"]]
+    assert {row["method"] for row in unseen} == {"none", "own", "lora"} and not any(row["seen"] for row in unseen)
+    together = [row for row in rows if row["variant"] == "seen"]
+    assert {(row["method"], row["variety"]) for row in together} == {("own", NIGERIAN), ("own", CHICANO)}
+    assert all(row["seen"] for row in together) and len({row["adapter"] for row in together}) == 1
+    runs = {row["variety"]: row["adapter"] for row in unseen if row["method"] == "own"}
+    assert set(runs) == {NIGERIAN, CHICANO} and len({*runs.values(), together[0]["adapter"]}) == 3
+
+    def training(run: str) -> set[str]:
+        config = yaml.safe_load((tmp_path / "out" / "cells" / run / "config.yaml").read_text())
+        return set(config["data"]["training_varieties"])
+
+    assert training(runs[NIGERIAN]) == {CHICANO} and training(runs[CHICANO]) == {NIGERIAN}
+    assert training(together[0]["adapter"]) == {NIGERIAN, CHICANO}
+    baselines = {row["variety"]: row["adapter"] for row in unseen if row["method"] == "lora"}
     assert len(set(baselines.values())) == 2
     again = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
     assert again.made == 0 and again.result["cells"] == rows
-    assert "own adapters minus the task adapter alone" in (tmp_path / "out/leave_one_out/tables.md").read_text()
+    said = (tmp_path / "out/leave_one_out/tables.md").read_text()
+    assert "own adapters minus the task adapter alone" in said and "own - own (seen)" in said
+    assert "minus own adapters of a hypernetwork trained on all of them" in said
 
 
 def test_ablations_change_the_hypernetwork_alone(recipe_to_train, tmp_path) -> None:
