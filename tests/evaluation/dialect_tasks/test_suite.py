@@ -3,84 +3,33 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import dataclasses
-import hashlib
 import json
-import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner
 
 from hl_scale.cli import app
 from hl_scale.conditions import typology
-from hl_scale.config import ConfigError, DialectDataConfig, load_labelled_config, load_suite
-from hl_scale.data import labelled_preparation
-from hl_scale.data.corpus import PreparedCorpus, load_corpus
-from hl_scale.data.labelled import corpus_texts
-from hl_scale.data.one_hot import one_hot_corpus
-from hl_scale.data.shards import CorpusError
+from hl_scale.config import ConfigError, load_suite
+from hl_scale.data.corpus import load_corpus
 from hl_scale.engine.run import load_run
-from hl_scale.evaluation.dialect_tasks import run_suite, workbench
-from hl_scale.evaluation.dialect_tasks.cells import CellStore
+from hl_scale.evaluation.dialect_tasks import run_suite
 from hl_scale.evaluation.dialect_tasks.charts import gain_chart
-from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED, Methods
+from hl_scale.evaluation.dialect_tasks.methods import GENERATED, MEANINGS, PER_DIALECT, TRAINED
 from hl_scale.evaluation.dialects import evaluate_dialects
 from hl_scale.evaluation.labelled import load_measurement
 from hl_scale.evaluation.measurement import EvaluationError
 
 NIGERIAN, CHICANO = "Nigerian English", "Chicano English"
-TEXT = "the old man said that she was not sure this film is any good and they have been working here"
 ALL = ["none", *GENERATED, *TRAINED, "lora_dialect"]
-
-
-def rule_engine(sentences: pa.Table, plan: Any, **_: Any) -> Iterator[pa.Table]:
-    """In the place of Multi-VALUE: one word more, another in every variety."""
-    words = {NIGERIAN: "nobody", CHICANO: "rained"}
-    yield pa.Table.from_pylist(
-        [
-            {"sentence_id": row["sentence_id"], "variety": form.variety, "rules": [], "error": None,
-             "dialect": f"{words[form.variety]} {row['text']}"}
-            for row in sentences.to_pylist() for form in plan.rows(row["split"], row["index"], row["text"])
-        ],
-        schema=pa.schema({"sentence_id": pa.int64(), "variety": pa.string(), "dialect": pa.string(),
-                          "rules": pa.list_(pa.string()), "error": pa.string()}),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipe of a prepared set: is "garden" the last word? 20 to test, 8 to validate, 30 to train."""
-    directory, draw = tmp_path_factory.mktemp("labelled"), random.Random(3)
-    rows = []
-    for number in range(58):
-        words = draw.choices(TEXT.split(), k=draw.randint(4, 9))
-        rows.append({"text": " ".join([*words, "garden"] if number % 2 else words), "label": ("no", "yes")[number % 2]})
-    (directory / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = {
-        "labelled": {
-            "directory": str(directory / "set"), "task": "jsonl", "path": str(directory / "sentences.jsonl"),
-            "test_sentences": 20, "validation_sentences": 8, "annotated_sentences": 12, "num_workers": 1,
-            "varieties": [NIGERIAN, CHICANO],
-        },
-        "task_adapter": {"steps": 10, "batch_size": 8, "learning_rate": 0.01, "validate_every": 5},
-    }  # fmt: skip
-    path = directory / "labelled.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labelled_preparation, "transform_sentences", rule_engine)
-        patch.setattr(labelled_preparation, "ray_session", lambda workers: contextlib.nullcontext())
-        labelled_preparation.prepare_labelled(load_labelled_config(path).labelled)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -219,15 +168,14 @@ def test_the_chart_of_gains_sets_each_dialect_against_none_and_the_best_baseline
         assert list(bars.lines[0].get_xdata()) == pytest.approx([100 * part["value"] for part in parts])
 
 
-def test_scores_are_compared_by_their_correlation(recipe, labelled, tmp_path, monkeypatch) -> None:
+def test_scores_are_compared_by_their_correlation(recipe, labelled, prepare_tiny_set, tmp_path) -> None:
     settings = yaml.safe_load(labelled.read_text())
     lines = [json.loads(line) for line in Path(settings["labelled"]["path"]).read_text().splitlines()]
     rows = [{**row, "label": len(row["text"].split()) / 4} for row in lines]  # how long is it?
     (tmp_path / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings["labelled"] |= {"directory": str(tmp_path / "set"), "path": str(tmp_path / "graded.jsonl")}
     (tmp_path / "graded.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.setattr(labelled_preparation, "transform_sentences", rule_engine)
-    monkeypatch.setattr(labelled_preparation, "ray_session", lambda workers: contextlib.nullcontext())
+    prepare_tiny_set(tmp_path / "graded.yaml")
     changes = [f"suite.labelled=[{tmp_path / 'graded.yaml'}]", "suite.methods=[lora]", "annotations.counts=[4]"]
     found = run_suite(load_suite(recipe, changes), tmp_path / "out", "main", "cpu", shown=False)
     task = found.result["tasks"]["jsonl"]
@@ -305,136 +253,6 @@ def test_coverage_of_a_run_on_mixtures_is_told_for_every_dialect(recipe, out) ->
     task = found.result["tasks"]["jsonl"]
     assert found.made == 0 and set(task["coverage"]) == {NIGERIAN, CHICANO}
     assert task["correlations"]["binary"] is None and task["points"] == 2
-
-
-def test_a_hypernetwork_is_trained_in_its_cell_and_goes_on_where_it_was_cut_off(
-    tiny_config, tiny_corpus, single_process, tmp_path, losses_of
-) -> None:
-    from hl_scale.base import load_base
-    from hl_scale.config import RunConfig
-    from hl_scale.engine.loop import train
-
-    config = tiny_config(tmp_path / "unused", {"run.seed": 3})
-    base, corpus = load_base(config.base, config.lora), load_corpus(tiny_corpus)
-    store = CellStore(tmp_path / "cells")
-    whole = Methods({3: config}, base, corpus, store).run(3)
-    assert whole.step == config.training.steps and losses_of(whole.directory)
-    cut = tmp_path / "later" / whole.directory.name
-    train(config.model_copy(update={"run": RunConfig(directory=str(cut), seed=3)}), stop_at=2)
-    again = Methods({3: config}, base, corpus, CellStore(tmp_path / "later")).run(3)
-    assert again.directory == cut and len(losses_of(cut)) == 6
-    for one, other in zip(whole.hypernetwork.parameters(), again.hypernetwork.parameters(), strict=True):
-        assert torch.equal(one, other)
-    read = CellStore(tmp_path / "cells")
-    Methods({3: config}, base, corpus, read).run(3)
-    assert read.made == []
-
-
-@pytest.fixture
-def recipe_to_train(
-    labelled, tiny_config, write_tiny_corpus, write_yaml, single_process, tmp_path, monkeypatch
-) -> Path:
-    """Of a suite that trains its hypernetworks, on tiny corpora instead of those of the rule engine."""
-
-    def prepare(data: DialectDataConfig) -> PreparedCorpus:
-        directory = Path(data.directory)
-        names = data.training_varieties
-
-        def name_them(rows: list[dict[str, Any]]) -> None:
-            for number, row in enumerate(rows):
-                if names and row["variety"] == "virtual":
-                    row["variety"] = names[number % len(names)]
-                    row["vector"] = typology.vector(row["variety"]).tolist()
-
-        if not directory.exists():
-            write_tiny_corpus(directory, name_them)
-            path = directory / "manifest.json"
-            path.write_text(path.read_text().replace("c" * 64, hashlib.sha256(repr(names).encode()).hexdigest()))
-        return PreparedCorpus(directory, load_corpus(directory).manifest, reused=False)
-
-    monkeypatch.setattr(workbench, "prepare_corpus", prepare)
-    config = tiny_config(tmp_path / "run", {"data.directory": str(tmp_path / "corpus"), "training.steps": 3})
-    tree = {
-        "suite": {
-            "recipe": str(write_yaml(config, tmp_path / "run.yaml")), "labelled": [str(labelled)],
-            "methods": ["lora"], "bootstrap_samples": 200,
-        },
-        "ablations": {
-            "variants": {"narrow": ["hypernetwork.hidden_width=8"], "query": ["lora.target_modules=[q_proj]"]},
-        },
-    }  # fmt: skip
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "suite.yaml"
-
-
-def test_the_dialect_that_is_left_out_is_seen_by_the_method_trained_on_all_alone(recipe_to_train, tmp_path) -> None:
-    found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
-    rows = found.result["cells"]
-    unseen = [row for row in rows if not row["variant"]]
-    assert {row["method"] for row in unseen} == {"none", "own", "lora"} and not any(row["seen"] for row in unseen)
-    together = [row for row in rows if row["variant"] == "seen"]
-    assert {(row["method"], row["variety"]) for row in together} == {("own", NIGERIAN), ("own", CHICANO)}
-    assert all(row["seen"] for row in together) and len({row["adapter"] for row in together}) == 1
-    runs = {row["variety"]: row["adapter"] for row in unseen if row["method"] == "own"}
-    assert set(runs) == {NIGERIAN, CHICANO} and len({*runs.values(), together[0]["adapter"]}) == 3
-
-    def training(run: str) -> set[str]:
-        config = yaml.safe_load((tmp_path / "out" / "cells" / run / "config.yaml").read_text())
-        return set(config["data"]["training_varieties"])
-
-    assert training(runs[NIGERIAN]) == {CHICANO} and training(runs[CHICANO]) == {NIGERIAN}
-    assert training(together[0]["adapter"]) == {NIGERIAN, CHICANO}
-    baselines = {row["variety"]: row["adapter"] for row in unseen if row["method"] == "lora"}
-    assert len(set(baselines.values())) == 2
-    again = run_suite(load_suite(recipe_to_train), tmp_path / "out", "leave_one_out", "cpu", shown=False)
-    assert again.made == 0 and again.result["cells"] == rows
-    said = (tmp_path / "out/leave_one_out/tables.md").read_text()
-    assert "own adapters minus the task adapter alone" in said and "own - own (seen)" in said
-    assert "minus own adapters of a hypernetwork trained on all of them" in said
-
-
-def test_ablations_change_the_hypernetwork_alone(recipe_to_train, tmp_path) -> None:
-    found = run_suite(load_suite(recipe_to_train), tmp_path / "out", "ablations", "cpu", shown=False)
-    rows = found.result["cells"]
-    names = [method["method"] for method in found.result["tasks"]["jsonl"]["methods"]]
-    assert names == ["none", "own", "own (narrow)", "own (query)"]
-    assert len({row["task_adapter"] for row in rows}) == 1 and len({r["adapter"] for r in rows if r["adapter"]}) == 3
-    trained = {row["variant"]: (row["carried"], row["trained"]) for row in rows if row["method"] == "own"}
-    assert trained["narrow"][0] == trained[""][0] > trained["query"][0] and trained["narrow"][1] < trained[""][1]
-
-
-def test_one_hot_vectors_tell_dialects_apart_and_nothing_about_them(recipe_to_train, tmp_path) -> None:
-    named = [
-        "data.mode=named", f"data.training_varieties=[{NIGERIAN}, Indian English]",
-        f"data.directory={tmp_path / 'named'}",
-    ]  # fmt: skip
-    recipe = load_suite(recipe_to_train, ["ablations.variants={}", f"ablations.one_hot={json.dumps(named)}"])
-    found = run_suite(recipe, tmp_path / "out", "ablations", "cpu", shown=False)
-    seen = {(r["variant"], r["variety"]): r["seen"] for r in found.result["cells"] if r["method"] == "own"}
-    for variant in ("named", "one-hot"):
-        assert seen[variant, NIGERIAN] and not seen[variant, CHICANO]
-    original, changed = load_corpus(tmp_path / "named"), load_corpus(tmp_path / "named-one-hot")
-    for before, after in zip(original.train, changed.train, strict=True):
-        assert (before.variety, before.dialect) == (after.variety, after.dialect)
-        assert after.vector.sum() == (before.variety != "standard")
-    assert len({after.vector.argmax() for after in changed.train if after.vector.any()}) == 2
-    runs = {r["variant"]: r["adapter"] for r in found.result["cells"] if r["method"] == "own"}
-    assert len(set(runs.values())) == 3
-    with pytest.raises(CorpusError, match="random mixtures"):
-        one_hot_corpus(load_corpus(tmp_path / "corpus"), tmp_path / "other")
-    assert corpus_texts(changed.directory)[0] == corpus_texts(original.directory)[0]  # what tests must be apart from
-    again = one_hot_corpus(original, tmp_path / "named-one-hot")
-    assert again.manifest == changed.manifest
-
-
-def test_a_dialect_that_training_names_is_seen(recipe_to_train, tmp_path) -> None:
-    changes = f"suite.overrides=[data.mode=named,'data.training_varieties=[{NIGERIAN}]']"
-    found = run_suite(load_suite(recipe_to_train, [changes]), tmp_path / "out", "main", "cpu", shown=False)
-    task = found.result["tasks"]["jsonl"]
-    assert {(r["variety"], r["seen"]) for r in found.result["cells"] if r["method"] in ("own", "lora")} == {
-        (NIGERIAN, True), (CHICANO, False), ("Standard American English", False)
-    }  # fmt: skip
-    assert task["headline"]["varieties"] == [CHICANO] and task["headline"]["best_baseline"] == "lora"
 
 
 def test_what_cannot_be_asked_for_is_refused(recipe, out, tmp_path) -> None:
