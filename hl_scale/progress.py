@@ -77,7 +77,7 @@ def _lines(total: int, unit: str) -> Callable[[Counter], None]:
             return
         last = now
         text = f"{counter.text}: {100 * counter.count // max(total, 1)}% of {total} {unit}".rstrip()
-        if counter.count:
+        if 20 * counter.count >= total and counter.count:  # before, the start weighs too much
             text += f", {(now - begun) / counter.count * (total - counter.count) / 60:.1f} min left"
         print(text, file=sys.stderr, flush=True)
 

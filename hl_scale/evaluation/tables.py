@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -54,7 +55,7 @@ def render_table(result: Result) -> Group:
     if result["reduced"]:
         title += f"\nREDUCED EVALUATION: {'; '.join(result['reduced'])}"
     columns = "seen: in training; cov.: share of the dialect's features that training conditions attest."
-    lines = [f"{LEGEND} {columns}", *standard_lines(result)]
+    lines = [f"{LEGEND} {columns}", *standard_lines(result), _retrieval_line(result)]
     return Group(_terminal_ratios(result, title), _terminal_parts(result), *(Text(line, style="dim") for line in lines))
 
 
@@ -138,6 +139,7 @@ def tables(result: Result) -> list[TextTable]:
         _unchanged_table(result),
         _coverage_table(result),
         _adapter_table(result),
+        _retrieval_table(result),
     ]
 
 
@@ -233,6 +235,25 @@ def _adapter_table(result: Result) -> TextTable:
     return TextTable(
         "Generated updates, and token variance relative to Standard English (collapse shows here)", header, rows
     )
+
+
+def _retrieval_table(result: Result) -> TextTable:
+    conditions = [name for name in ("base", OWN, PLAIN) if name in result["dialects"][0]["retrieval"]]
+    rows = [
+        [row["variety"], f"{1 / row['sentences']:.3f}", *(_interval(row["retrieval"][name]) for name in conditions)]
+        for row in result["dialects"]
+    ]
+    title = "Share of sentences whose nearest held-out original, by mean state, is their own"
+    return TextTable(title, ["dialect", "chance", *(HEADINGS.get(name, name) for name in conditions)], rows)
+
+
+def _retrieval_line(result: Result) -> str:
+    shares = {
+        HEADINGS.get(name, name): np.mean([row["retrieval"][name]["value"] for row in result["dialects"]])
+        for name in result["dialects"][0]["retrieval"]
+    }
+    found = ", ".join(f"{name} {100 * share:.1f}%" for name, share in shares.items())
+    return f"Sentences whose nearest held-out original is their own, mean of the rows: {found}."
 
 
 def standard_lines(result: Result) -> list[str]:

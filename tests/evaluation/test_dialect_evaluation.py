@@ -18,9 +18,9 @@ from hl_scale.config import Config
 from hl_scale.data.corpus import Pair
 from hl_scale.evaluation import EvaluationError, evaluate_dialects, measurement, save
 from hl_scale.evaluation.controls import CONTROLS, TrainingConditions, condition_vectors, wrong_variety
-from hl_scale.evaluation.measurement import Measurer, cloud_statistics, delta_gram
+from hl_scale.evaluation.measurement import CloudStatistics, Measurer, cloud_statistics, delta_gram
 from hl_scale.evaluation.statistics import SentenceBootstrap
-from hl_scale.evaluation.summaries import DialectValues, added_divergence
+from hl_scale.evaluation.summaries import DialectValues, added_divergence, retrieved
 from hl_scale.lora import LoraFactors, Slot, SummedFactors
 from hl_scale.objectives.alignment import AlignmentObjective
 
@@ -206,6 +206,13 @@ def test_logits_are_computed_in_chunks_of_bounded_size(make_run, corpus, monkeyp
     assert chunked == pytest.approx(whole, rel=1e-5)
 
 
+def test_originals_are_found_with_and_without_adapters(result):
+    for row in result["dialects"]:
+        assert set(row["retrieval"]) == {"base", "own", "plain_lora"}
+        assert all(0 <= part["low"] <= part["value"] <= part["high"] <= 1 for part in row["retrieval"].values())
+        assert row["retrieval"]["base"]["value"] > 0.5  # of a dialect, whose sentences are mostly the originals
+
+
 def test_the_result_is_plain_json_and_survives_saving(result, tmp_path):
     path = save(result, tmp_path)
     assert json.loads(path.read_text()) == result
@@ -226,6 +233,13 @@ def test_without_a_plain_lora_the_column_is_missing_and_a_caveat_says_so(make_ru
     result = evaluate_dialects(make_run(), corpus, progress=False)
     assert "plain_lora" not in result["dialects"][0]["ratio"]
     assert any("plain LoRA" in caveat for caveat in result["caveats"])
+
+
+def test_that_text_is_made_by_rules_is_said_of_text_that_rules_made(make_run, corpus, result):
+    parallel = with_data(make_run(), mode="parallel", sources=[], pairs=[{"kind": "jsonl", "path": "pairs.jsonl"}])
+    assert any("made by rules" in caveat for caveat in result["caveats"])
+    caveats = evaluate_dialects(parallel, corpus, progress=False)["caveats"]
+    assert caveats and not any("made by rules" in caveat for caveat in caveats)
 
 
 def test_another_budget_of_the_control_is_a_caveat(make_run, corpus):
@@ -260,6 +274,20 @@ def test_within_and_between_variance_add_up_to_the_total_variance():
     points = torch.cat(clouds).double()
     total = (points - points.mean(dim=0)).square().sum(dim=1).mean().item()
     assert statistics.within.mean() + statistics.between == pytest.approx(total)
+
+
+def test_a_sentence_is_retrieved_if_no_other_original_is_nearer_than_its_own():
+    rng = np.random.default_rng(0)
+    originals = rng.normal(size=(12, 3))
+    near, middle = originals + 0.3 * rng.normal(size=(12, 3)), 0.01 * rng.normal(size=(12, 3)) + originals.mean(0)
+    for means in (near, middle):
+        expected = [
+            all(np.linalg.norm(mean - originals[own]) <= np.linalg.norm(mean - other) for other in originals)
+            for own, mean in enumerate(means)
+        ]
+        found = retrieved(CloudStatistics(np.zeros(12), means), CloudStatistics(np.zeros(12), originals))
+        assert found.tolist() == [float(each) for each in expected]
+    assert retrieved(CloudStatistics(np.zeros(12), originals), CloudStatistics(np.zeros(12), originals)).all()
 
 
 def test_the_wrong_dialect_is_the_farthest_of_the_evaluated_ones():

@@ -105,7 +105,7 @@ def test_a_reduced_evaluation_says_so_in_every_form(result, run):
 def test_the_markdown_tables_are_rectangular_and_hold_the_numbers(result):
     text = markdown_table(result)
     blocks = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
     assert f"{result['dialects'][1]['difference']['zero']['value']:+.3f}" in text
@@ -130,7 +130,7 @@ def test_the_report_is_one_self_contained_page_with_both_charts_and_all_tables(r
     assert len(images) == 2
     for image in images:
         assert ElementTree.fromstring(base64.b64decode(image)).tag.endswith("svg")
-    assert page.count("<table>") == 6
+    assert page.count("<table>") == 7
     texts = [
         "Nigerian English",
         "between training seeds",
