@@ -244,7 +244,18 @@ def ablations(lab: Laboratory) -> Experiment:
         changed.train()
         requests += labelled_as(wanted(changed, [OWN], varieties), name)
     rows = lab.rows(requests, varieties)
-    return Experiment(rows, {name: compared(table) for name, table in lab.tables(rows).items()})
+    found = {
+        name: {**compared(table), "over_one_hot": _over_one_hot(table) if settings.one_hot else None}
+        for name, table in lab.tables(rows).items()
+    }
+    return Experiment(rows, found)
+
+
+def _over_one_hot(table: TaskTable) -> dict[str, Any] | None:
+    """Features against one-hot vectors, in dialects that neither network was trained on."""
+    features, one_hot = "own (named)", "own (one-hot)"
+    unseen = [name for name in table.varieties(features) if not table.seen(features, name)]
+    return table.difference(features, one_hot, unseen) if unseen else None
 
 
 EXPERIMENTS: dict[str, Callable[[Laboratory], Experiment]] = {

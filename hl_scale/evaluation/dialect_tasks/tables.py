@@ -47,6 +47,11 @@ def lines(result: Result) -> list[str]:
             if "own (seen)" in means:
                 text += f"; minus own adapters of a hypernetwork trained on all of them: {points(means['own (seen)'])}"
             said.append(f"{name}: {text}.")
+        if task.get("over_one_hot") is not None:
+            found = task["over_one_hot"]
+            where = ", ".join(found["dialects"])
+            text = f"features minus one-hot vectors in dialects that neither network was trained on ({where})"
+            said.append(f"{name}: {text}: {points(found['mean'])}.")
         for kind, curve in task.get("curves", {}).items():
             said.append(f"{name}: {_worth(kind, curve)} (By means alone.)")
     return said

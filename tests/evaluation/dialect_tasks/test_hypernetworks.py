@@ -130,6 +130,10 @@ def test_one_hot_vectors_tell_dialects_apart_and_nothing_about_them(recipe_to_tr
     seen = {(r["variant"], r["variety"]): r["seen"] for r in found.result["cells"] if r["method"] == "own"}
     for variant in ("named", "one-hot"):
         assert seen[variant, NIGERIAN] and not seen[variant, CHICANO]
+    over = found.result["tasks"]["jsonl"]["over_one_hot"]
+    assert (over["first"], over["second"]) == ("own (named)", "own (one-hot)") and list(over["dialects"]) == [CHICANO]
+    said = (tmp_path / "out/ablations/tables.md").read_text()
+    assert f"that neither network was trained on ({CHICANO}): " in said
     original, changed = load_corpus(tmp_path / "named"), load_corpus(tmp_path / "named-one-hot")
     for before, after in zip(original.train, changed.train, strict=True):
         assert (before.variety, before.dialect) == (after.variety, after.dialect)
