@@ -20,7 +20,7 @@ from typing import Any
 
 from hl_scale.data.durable import hash_file, write_text
 from hl_scale.evaluation.provenance import content_hash
-from hl_scale.serving.staging import staged_directory
+from hl_scale.serving.staging import OutputError, staged_directory
 
 CELL_FILE = "cell.json"
 Build = Callable[[Path], Mapping[str, Any]]
@@ -82,9 +82,16 @@ class CellStore:
             _finish(directory, key, facts)
         else:
             shutil.rmtree(directory, ignore_errors=True)
-            with staged_directory(directory) as staging:
-                facts = dict(build(staging))
-                _finish(staging, key, facts)
+            try:
+                with staged_directory(directory) as staging:
+                    facts = dict(build(staging))
+                    _finish(staging, key, facts)
+            except OutputError:
+                found = self._read(directory, key)
+                if found is None:
+                    raise
+                self.read.append(directory.name)  # another process made it meanwhile
+                return found
         self.made.append(directory.name)
         return Cell(directory, key, facts)
 

@@ -38,6 +38,19 @@ def test_a_cell_is_made_once_and_read_by_every_later_store(tmp_path) -> None:
     assert first.directory.name.startswith("lora-seed-0-")
 
 
+def test_two_processes_that_make_the_same_cell_end_with_one(tmp_path) -> None:
+    first, second, build = CellStore(tmp_path), CellStore(tmp_path), Builder()
+
+    def slower(directory: Path) -> dict[str, Any]:
+        first.get("a", KEY, build)  # the other is done while this one is at it
+        return {**build(directory), "accuracy": 0.25}
+
+    found = second.get("a", KEY, slower)
+    assert found == first.get("a", KEY, build) and found.facts == {"accuracy": 0.5}
+    assert (first.made, second.made, second.read) == ([found.directory.name], [], [found.directory.name])
+    assert [path.name for path in tmp_path.iterdir()] == [found.directory.name]
+
+
 def test_the_order_of_a_keys_entries_plays_no_part_and_their_values_do(tmp_path) -> None:
     store, build = CellStore(tmp_path), Builder()
     first = store.get("a", KEY, build)
