@@ -238,7 +238,7 @@ def _adapter_table(result: Result) -> TextTable:
 
 
 def _retrieval_table(result: Result) -> TextTable:
-    conditions = [name for name in ("base", OWN, PLAIN) if name in result["dialects"][0]["retrieval"]]
+    conditions = list(result["dialects"][0]["retrieval"])
     rows = [
         [row["variety"], f"{1 / row['sentences']:.3f}", *(_interval(row["retrieval"][name]) for name in conditions)]
         for row in result["dialects"]

@@ -73,7 +73,6 @@ class CellStore:
         directory = self.directory / f"{slug(name)}-{content_hash(key)[:12]}"
         found = self._read(directory, key)
         if found is not None:
-            self.read.append(directory.name)
             return found
         self.told(name)
         if resumable:
@@ -87,10 +86,9 @@ class CellStore:
                     facts = dict(build(staging))
                     _finish(staging, key, facts)
             except OutputError:
-                found = self._read(directory, key)
+                found = self._read(directory, key)  # another process may have made it meanwhile
                 if found is None:
                     raise
-                self.read.append(directory.name)  # another process made it meanwhile
                 return found
         self.made.append(directory.name)
         return Cell(directory, key, facts)
@@ -113,11 +111,13 @@ class CellStore:
                 raise ValueError("another key")
             if damaged:
                 raise ValueError(f"{', '.join(damaged[:3])} changed since")
-            return Cell(directory, key, dict(tree["facts"]))
+            facts = dict(tree["facts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("cell %s is damaged and made again: %s", directory.name, error)
             shutil.rmtree(directory)
             return None
+        self.read.append(directory.name)
+        return Cell(directory, key, facts)
 
 
 def slug(name: str) -> str:

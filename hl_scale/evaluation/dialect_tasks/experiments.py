@@ -203,7 +203,7 @@ def _correlations(lab: Laboratory, shares: Sequence[float], gains: Sequence[floa
 def leave_one_out(lab: Laboratory) -> Experiment:
     """Hypernetworks trained on the other dialects by name, each measured in the one it has not seen, against one
     that is trained on all of them."""
-    settings, wants_lora = lab.recipe.leave_one_out, "lora" in lab.recipe.suite.methods
+    settings = lab.recipe.leave_one_out
     varieties = lab.main.varieties(settings.dialects)
     if len(varieties) < 2:
         raise EvaluationError("leaving one dialect out needs at least two\n  fix: name more in leave_one_out.dialects")
@@ -217,10 +217,10 @@ def leave_one_out(lab: Laboratory) -> Experiment:
         bench.train()
         return [r for r in wanted(bench, methods, measured) if r.variety != typology.STANDARD]
 
+    methods = [NONE, OWN, *(["lora"] if "lora" in lab.recipe.suite.methods else [])]
     asked = []
     for left_out in varieties:
         others = [name for name in varieties if name != left_out]
-        methods = [NONE, OWN, *(["lora"] if wants_lora else [])]
         asked += requests(others, f"without-{slug(left_out)}", methods, [left_out])
     asked += labelled_as(requests(varieties, "all-named", [OWN], varieties), "seen")
     rows = lab.rows(asked, varieties)
